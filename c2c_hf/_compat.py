@@ -1,0 +1,47 @@
+"""What differs between the supported transformers releases, in one place. Each entry says when it can go."""
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# transformers 5.24 renames the cache argument of models, outputs and `generate` from `past_key_values` to `cache`.
+# Goes when 5.24 is the oldest supported release.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
+
+
+def pop_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Take the cache out of keyword arguments, under whichever name it came."""
+    cache = kwargs.pop("cache", None)
+    legacy = kwargs.pop("past_key_values", None)
+    return legacy if cache is None else cache
+
+
+def accepts_argument(model: PreTrainedModel, name: str) -> bool:
+    """Say whether a model's `forward` has an argument of its own of this name (ALiBi models have no `position_ids`)."""
+    return name in _forward_arguments(type(model))
+
+
+@functools.cache
+def _forward_arguments(model_class: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def copy_cache(cache: Cache) -> Cache:
+    """Copy a cache so that updating the copy leaves the original as it is.
+
+    Dynamic and quantized layers replace their tensors when they grow, so copies of the layer objects suffice. Static
+    layers write in place, hence their tensors are copied too. Copies share the offloading stream, which cannot be copied.
+    """
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        if isinstance(layer, StaticLayer):
+            tensors = {name: value.clone() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+            vars(layer).update(tensors)
+    return copied

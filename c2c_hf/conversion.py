@@ -1,0 +1,179 @@
+"""Read fusers in the layout that the reference implementation publishes."""
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_c2c import FuserSizes
+from .fuser import Fuser
+from .modeling_c2c import C2CForCausalLM
+from .pretrained_c2c import BaseModel
+
+# A part's name here -> there, where it has `key_` or `value_` in front.
+_PARTS = {
+    "in_proj": "in",
+    "shared_ffn": "mlp1.blocks.0",
+    "weight_ffn": "scalar_mlp2.blocks.0",
+    "weight_proj": "scalar_head",
+    "out_proj": "proj_out",
+}
+_FFN_WEIGHTS = {"norm.weight": "norm.weight", "up_proj.weight": "w1.weight", "down_proj.weight": "w2.weight"}
+
+
+def convert_reference_checkpoint(
+    checkpoint_dirs: str | Path | Sequence[str | Path],
+    receiver: BaseModel | None = None,
+    sharers: BaseModel | Sequence[BaseModel] | None = None,
+    **kwargs: Any,  # noqa: ANN401
+) -> C2CForCausalLM:
+    """Build a model from published fusers, one checkpoint per sharer.
+
+    Args:
+        checkpoint_dirs: Folders with `config.json`, and, there or in a subfolder `final`, `projector_config.json`,
+            `projector_<i>.json` and `projector_<i>.pt`.
+        receiver: The receiver; `None`: the one that the first `config.json` names.
+        sharers: The sharers in the order of the checkpoints; `None`: those that the configurations name.
+        **kwargs: Arguments of [`C2CForCausalLM.from_receiver_and_sharers`], such as `fusion_mode`.
+
+    Returns:
+        The model, its fusers in float32.
+
+    Raises:
+        ValueError: A checkpoint is incomplete, foreign or does not fit the models.
+    """
+    single = isinstance(checkpoint_dirs, str | Path)
+    folders = [Path(checkpoint_dirs)] if single else [Path(folder) for folder in checkpoint_dirs]  # type: ignore[union-attr, arg-type]
+    if not folders:
+        raise ValueError("`checkpoint_dirs` must name at least one folder, but the list is empty.")
+    recipes = [_read_json(folder / "config.json").get("model", {}) for folder in folders]
+    if receiver is None:
+        receiver = _named_model(folders[0], recipes[0], "base_model")
+    if sharers is None:
+        sharers = [_named_model(f, recipe, "teacher_model") for f, recipe in zip(folders, recipes, strict=True)]
+    elif isinstance(sharers, str | Path | torch.nn.Module):
+        sharers = [sharers]
+    if len(sharers) != len(folders):
+        raise ValueError(f"`sharers` must be as many as `checkpoint_dirs` ({len(folders)}), but got {len(sharers)}.")
+    sizes = zip(*(_fuser_sizes(folder) for folder in folders), strict=True)
+    fields = ("fuser_hidden_size", "fuser_intermediate_size", "num_fuser_layers", "fuser_dropout")
+    defaults = {field: values[0] if len(set(values)) == 1 else list(values) for field, values in zip(fields, sizes)}  # noqa: B905
+    defaults["token_alignment"] = [_token_alignment(recipe) for recipe in recipes]
+    model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharers, **{**defaults, **kwargs})
+    for fuser, folder, shapes in zip(model.fuser, folders, model.config.sharer_layer_shapes, strict=True):
+        _load_projectors(fuser, folder, len(shapes))
+    return model.eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`checkpoint_dirs`: {path} is missing or no JSON file ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`checkpoint_dirs`: {path} must hold a JSON object, but holds {type(content).__name__}.")
+    return content
+
+
+def _weights_folder(folder: Path) -> Path:
+    return folder / "final" if (folder / "final").is_dir() else folder
+
+
+def _named_model(folder: Path, recipe: dict[str, Any], key: str) -> str:
+    name = recipe.get(key)
+    if not isinstance(name, str):
+        raise ValueError(f"`checkpoint_dirs`: {folder / 'config.json'} names no `{key}`; hand over the model.")
+    # Relative folders count from the checkpoint; anything else is a Hub id.
+    local = folder / name
+    return str(local.resolve()) if local.is_dir() else name
+
+
+def _token_alignment(recipe: dict[str, Any]) -> str:
+    return recipe.get("alignment_strategy", "first") if recipe.get("is_do_alignment") else "identity"
+
+
+def _fuser_sizes(folder: Path) -> FuserSizes:
+    path = _weights_folder(folder) / "projector_0.json"
+    description = _read_json(path)
+    if description.get("class") != "C2CProjector":
+        raise ValueError(
+            f"`checkpoint_dirs`: {path} describes a {description.get('class')!r}, but only 'C2CProjector' can be read."
+        )
+    arguments = description.get("init_args", {})
+    try:
+        return FuserSizes(
+            arguments["hidden_dim"], arguments["intermediate_dim"], arguments["num_layers"], arguments["dropout"]
+        )
+    except KeyError as error:
+        raise ValueError(f"`checkpoint_dirs`: {path} lacks {error} among its `init_args`.") from error
+
+
+def _projector_indices(folder: Path, fuser: Fuser, num_sharer_layers: int) -> list[int]:
+    """Return which projector file belongs to each receiver layer, after checking the layer map."""
+    path = _weights_folder(folder) / "projector_config.json"
+    try:
+        layers = _read_json(path)["0"]["1"]
+        pairs = {int(layer): targets for layer, targets in layers.items()}
+        if any(len(targets) != 1 for targets in pairs.values()):
+            raise ValueError("several sharer layers for one receiver layer")
+        mapping = [pairs[layer][0][0] for layer in range(fuser.num_layers)]
+        indices = [int(pairs[layer][0][1]) for layer in range(fuser.num_layers)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`checkpoint_dirs`: {path} holds no layer map for a receiver of {fuser.num_layers} layers ({error!r})."
+        ) from error
+    if mapping != fuser.sources[: fuser.num_layers] or len(pairs) != fuser.num_layers:
+        raise ValueError(
+            f"`checkpoint_dirs`: the layer map {mapping} of {path} is not the one of `layer_alignment` for "
+            f"{fuser.num_layers} receiver and {num_sharer_layers} sharer layers, {fuser.sources[: fuser.num_layers]}."
+        )
+    return indices
+
+
+@torch.no_grad()
+def _load_projectors(fuser: Fuser, folder: Path, num_sharer_layers: int) -> None:
+    for layer_idx, index in enumerate(_projector_indices(folder, fuser, num_sharer_layers)):
+        path = _weights_folder(folder) / f"projector_{index}.pt"
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"`checkpoint_dirs`: {path} is missing, damaged or holds more than weights ({type(error).__name__})."
+            ) from error
+        temperature = weights.pop("gate_temperature", None)
+        if temperature is not None:
+            fuser.gate_temperature.copy_(temperature)
+        for kind, entry in (("key", layer_idx), ("value", fuser.num_layers + layer_idx)):
+            group, row = fuser.locate(entry)
+            targets = dict(group.named_parameters())
+            for name, target in targets.items():
+                theirs = _their_name(kind, name)
+                if theirs not in weights:
+                    raise ValueError(f"`checkpoint_dirs`: {path} lacks the weight {theirs}.")
+                value = weights.pop(theirs)
+                if value.shape != target[row].shape:
+                    raise ValueError(
+                        f"`checkpoint_dirs`: {theirs} in {path} has shape {tuple(value.shape)}, but receiver and sharer "
+                        f"ask for {tuple(target[row].shape)}."
+                    )
+                target[row].copy_(value)
+        if weights:
+            raise ValueError(f"`checkpoint_dirs`: {path} holds unknown weights: {sorted(weights)}.")
+
+
+def _their_name(kind: str, name: str) -> str:
+    """Translate the name of a parameter of [`FuserGroup`] into that of the published layout."""
+    if name == "gate.gate_logit":
+        return f"{kind}_gate_logit"
+    part, _, weight = name.removeprefix("projector.").partition(".")
+    if part == "feature_ffns":
+        block, _, weight = weight.partition(".")
+        prefix = f"proj_mlp2.blocks.{block}"
+    else:
+        prefix = _PARTS[part]
+    if part.endswith(("_ffn", "_ffns")):
+        weight = _FFN_WEIGHTS[weight]
+    return f"{kind}_{prefix}.{weight}"

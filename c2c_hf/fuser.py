@@ -1,0 +1,279 @@
+"""The trained part: key/value states of receiver and sharer go in, changes of the receiver's states come out.
+
+A sharer's fuser treats every (layer, keys or values) pair, an *entry*, apart, each with its own weights. Entries of equal
+shape are stacked, so that all of them run as a few batched matrix products.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .configuration_c2c import C2CConfig, FuserSizes, LayerShape, layer_mapping
+
+
+class StackedLinear(nn.Module):
+    """One linear layer per entry, `(num_entries, num_tokens, in)` to `(num_entries, num_tokens, out)`."""
+
+    def __init__(self, num_entries: int, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_entries, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_entries, out_features)) if bias else None
+        # The bounds of `nn.Linear`, whose own initialisation would read the stack as a convolution.
+        bound = in_features**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply each entry's layer to its tokens."""
+        if self.bias is None:
+            return torch.bmm(hidden_states, self.weight.transpose(1, 2))
+        return torch.baddbmm(self.bias.unsqueeze(1), hidden_states, self.weight.transpose(1, 2))
+
+
+class StackedRMSNorm(nn.Module):
+    """One RMSNorm per entry, computed in float32."""
+
+    def __init__(self, num_entries: int, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_entries, hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise `(num_entries, num_tokens, hidden_size)` over its last dimension."""
+        normed = nn.functional.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.eps)
+        return self.weight.unsqueeze(1) * normed.to(hidden_states.dtype)
+
+
+class FeedForward(nn.Module):
+    """`x + dropout(W_2 gelu(W_1 norm(x)))`, bias-free, one per entry."""
+
+    def __init__(self, num_entries: int, hidden_size: int, intermediate_size: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = StackedRMSNorm(num_entries, hidden_size)
+        self.up_proj = StackedLinear(num_entries, hidden_size, intermediate_size, bias=False)
+        self.down_proj = StackedLinear(num_entries, intermediate_size, hidden_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(num_entries, num_tokens, hidden_size)` to the same shape."""
+        update = self.down_proj(nn.functional.gelu(self.up_proj(self.norm(hidden_states))))
+        return hidden_states + self.dropout(update)
+
+
+class Projector(nn.Module):
+    """Feature fusion and dynamic weighting of arXiv 2510.03215 for a stack of entries of equal shape.
+
+    Args:
+        num_entries: Number of stacked entries.
+        sharer_width: Heads x head_dim of the sharer's states.
+        receiver_width: Heads x head_dim of the receiver's states.
+        num_heads: The receiver's key/value heads; each gets its own dynamic weight per token.
+        sizes: Its width, depth and dropout.
+    """
+
+    def __init__(
+        self, num_entries: int, sharer_width: int, receiver_width: int, num_heads: int, sizes: FuserSizes
+    ) -> None:
+        super().__init__()
+        hidden_size, intermediate_size, num_layers, dropout = sizes
+        self.num_heads = num_heads
+        self.in_proj = StackedLinear(num_entries, sharer_width + receiver_width, hidden_size)
+        self.shared_ffn = FeedForward(num_entries, hidden_size, intermediate_size, dropout)
+        self.weight_ffn = FeedForward(num_entries, hidden_size, hidden_size, dropout)
+        self.weight_proj = StackedLinear(num_entries, hidden_size, num_heads)
+        self.feature_ffns = nn.Sequential(
+            *(FeedForward(num_entries, hidden_size, intermediate_size, dropout) for _ in range(num_layers - 2))
+        )
+        self.out_proj = StackedLinear(num_entries, hidden_size, receiver_width)
+
+    def forward(
+        self, sharer_states: torch.Tensor, receiver_states: torch.Tensor, gate: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute `gate * sigmoid(weight) * projection`.
+
+        Args:
+            sharer_states: `(num_entries, num_tokens, sharer_width)`.
+            receiver_states: `(num_entries, num_tokens, receiver_width)`.
+            gate: `(num_entries, num_tokens, num_heads)`, or `None` where all gates are open.
+
+        Returns:
+            The change of the receiver's states, `(num_entries, num_tokens, receiver_width)`.
+        """
+        hidden_states = self.shared_ffn(self.in_proj(torch.cat([sharer_states, receiver_states], dim=-1)))
+        weight = torch.sigmoid(self.weight_proj(self.weight_ffn(hidden_states)))
+        projection = self.out_proj(self.feature_ffns(hidden_states))
+        if gate is not None:
+            weight = weight * gate.to(weight.dtype)
+        return (projection.unflatten(-1, (self.num_heads, -1)) * weight.unsqueeze(-1)).flatten(-2)
+
+
+class Gate(nn.Module):
+    """One learned gate per entry: soft and noisy in training, a threshold at 0 afterwards."""
+
+    def __init__(self, num_entries: int) -> None:
+        super().__init__()
+        # Zero is shut: a new fuser changes nothing.
+        self.gate_logit = nn.Parameter(torch.zeros(num_entries))
+        self._open: tuple[tuple[int, int], list[int]] | None = None
+
+    def sample_noise(self, shape: Sequence[int]) -> torch.Tensor:
+        """Draw the Gumbel noise of training, `-log(-log u)`, one draw per entry, token and head."""
+        uniform = torch.rand(shape, device=self.gate_logit.device, dtype=torch.float32)
+        # 0 may be drawn, and has no logarithm.
+        return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float32).tiny)))
+
+    def soft(self, num_tokens: int, num_heads: int, temperature: torch.Tensor) -> torch.Tensor:
+        """Return `sigmoid((gate_logit + noise) / temperature)`, `(num_entries, num_tokens, num_heads)` in float32."""
+        logit = self.gate_logit.float()[:, None, None]
+        noise = self.sample_noise((len(self.gate_logit), num_tokens, num_heads))
+        return torch.sigmoid((logit + noise) / temperature)
+
+    def open_entries(self) -> list[int]:
+        """Return the entries whose gate is open at inference.
+
+        Reading the gates waits for their device, so the answer is kept until they change.
+        """
+        version = (self.gate_logit.data_ptr(), self.gate_logit._version)
+        if self._open is None or self._open[0] != version:
+            self._open = (version, torch.nonzero(self.gate_logit > 0).flatten().tolist())
+        return self._open[1]
+
+
+class FuserGroup(nn.Module):
+    """The entries of equal shape of one fuser, run as one stack.
+
+    Args:
+        entries: Position of each stacked entry in the fuser's list: layers' keys first, then layers' values.
+        sharer_width: Heads x head_dim of the sharer's states.
+        receiver_width: Heads x head_dim of the receiver's states.
+        num_heads: The receiver's key/value heads.
+        sizes: The projector's width, depth and dropout.
+    """
+
+    def __init__(
+        self, entries: Sequence[int], sharer_width: int, receiver_width: int, num_heads: int, sizes: FuserSizes
+    ) -> None:
+        super().__init__()
+        self.entries = list(entries)
+        self.projector = Projector(len(self.entries), sharer_width, receiver_width, num_heads, sizes)
+        self.gate = Gate(len(self.entries))
+        self._prepared: tuple[tuple, dict[str, torch.Tensor]] | None = None
+
+    def active_entries(self) -> list[int]:
+        """Return the stacked entries that have an effect now: all of them in training, else those with open gates."""
+        return list(range(len(self.entries))) if self.training else self.gate.open_entries()
+
+    def forward(
+        self, sharer_states: torch.Tensor, receiver_states: torch.Tensor, temperature: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the change of the receiver's states for the active entries.
+
+        Args:
+            sharer_states: `(num_active, num_tokens, sharer_width)`, in the receiver's dtype.
+            receiver_states: `(num_active, num_tokens, receiver_width)`.
+            temperature: Scalar, used in training only.
+        """
+        gate = None
+        if self.training:
+            gate = self.gate.soft(receiver_states.shape[1], self.projector.num_heads, temperature)
+        return functional_call(
+            self.projector, self._weights(receiver_states.dtype), (sharer_states, receiver_states, gate)
+        )
+
+    def _weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the active entries' weights in the dtype that the states have."""
+        parameters = dict(self.projector.named_parameters())
+        if self.training or torch.is_grad_enabled():
+            # Autocast, where it is on, casts by itself and keeps its copies.
+            device_type = self.gate.gate_logit.device.type
+            casts = torch.is_autocast_enabled(device_type)
+            active = None if self.training else self.active_entries()
+            return {
+                name: (value if active is None else value[active]).to(value.dtype if casts else dtype)
+                for name, value in parameters.items()
+            }
+        active = self.active_entries()
+        if len(active) == len(self.entries) and all(value.dtype == dtype for value in parameters.values()):
+            return parameters
+        key = (dtype, tuple(active), *((value.data_ptr(), value._version) for value in parameters.values()))
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = (key, {name: value[active].to(dtype) for name, value in parameters.items()})
+        return self._prepared[1]
+
+
+class Fuser(nn.Module):
+    """Projects one sharer's key/value states into the receiver's, for all layers at once.
+
+    Args:
+        receiver_shapes: Shape of every cached receiver layer.
+        sharer_shapes: Shape of every cached sharer layer.
+        config: Sizes, layer alignment and gate temperature.
+        sharer_index: Which sharer, where sizes differ.
+    """
+
+    gate_temperature: torch.Tensor
+
+    def __init__(
+        self,
+        receiver_shapes: Sequence[LayerShape],
+        sharer_shapes: Sequence[LayerShape],
+        config: C2CConfig,
+        sharer_index: int = 0,
+    ) -> None:
+        super().__init__()
+        mapping = layer_mapping(len(receiver_shapes), len(sharer_shapes), config.layer_alignment)
+        self.num_layers = len(receiver_shapes)
+        #: Which of the sharer's entries each entry reads: layers' keys first, then layers' values.
+        self.sources = [*mapping, *(len(sharer_shapes) + layer_idx for layer_idx in mapping)]
+        receiver_widths, sharer_widths = _widths(receiver_shapes), _widths(sharer_shapes)
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for entry, source in enumerate(self.sources):
+            num_heads = receiver_shapes[entry % self.num_layers][0]
+            groups.setdefault((sharer_widths[source], receiver_widths[entry], num_heads), []).append(entry)
+        sizes = config.fuser_sizes(sharer_index)
+        self.groups = nn.ModuleList(FuserGroup(entries, *shape, sizes) for shape, entries in groups.items())
+        self.register_buffer("gate_temperature", torch.tensor(float(config.initial_gate_temperature)))
+
+    def forward(
+        self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Compute how the receiver's states change.
+
+        Args:
+            sharer_states: The sharer's states at the aligned positions, one tensor `(num_tokens, heads * head_dim)` per
+                entry: every layer's keys, then every layer's values.
+            receiver_states: The receiver's states at the same tokens, likewise.
+
+        Returns:
+            One change per receiver entry, of its shape and dtype; `None` where the gate is shut.
+        """
+        changes: list[torch.Tensor | None] = [None] * len(receiver_states)
+        for group in self.groups:
+            entries = [group.entries[i] for i in group.active_entries()]
+            if not entries:
+                continue
+            receiver = torch.stack([receiver_states[entry] for entry in entries])
+            sharer = torch.stack([sharer_states[self.sources[entry]] for entry in entries]).to(receiver)
+            change = group(sharer, receiver, self.gate_temperature).to(receiver.dtype)
+            for entry, entry_change in zip(entries, change.unbind(0), strict=True):
+                changes[entry] = entry_change
+        return changes
+
+    def is_open(self) -> bool:
+        """Say whether the fuser can change anything now."""
+        return any(group.active_entries() for group in self.groups)
+
+    def locate(self, entry: int) -> tuple[FuserGroup, int]:
+        """Return the group and the index in its stack that hold an entry."""
+        for group in self.groups:
+            if entry in group.entries:
+                return group, group.entries.index(entry)
+        raise IndexError(f"`entry` must be below {2 * self.num_layers}, but got {entry}.")
+
+
+def _widths(shapes: Sequence[LayerShape]) -> list[int]:
+    keys = [heads * key_dim for heads, key_dim, _ in shapes]
+    values = [heads * value_dim for heads, _, value_dim in shapes]
+    return keys + values

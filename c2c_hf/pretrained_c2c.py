@@ -1,0 +1,412 @@
+"""`C2CPreTrainedModel`: how a receiver, its sharers and their fusers are built, loaded and saved."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .alignment import build_token_table, same_vocabulary
+from .configuration_c2c import C2CConfig, LayerShape
+from .fuser import Fuser
+from .loading import (
+    HUB_ARGUMENTS,
+    check_base_model,
+    check_fuser_weights,
+    fingerprint,
+    load_base_model,
+    load_fuser_weights,
+)
+from .prefill import input_device, probe_layer_shapes
+
+BaseModel = str | Path | PreTrainedModel
+
+_VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
+
+
+class C2CPreTrainedModel(PreTrainedModel):
+    """A receiver, its sharers and the fusers between them (Cache-to-Cache, arXiv 2510.03215).
+
+    Everything but `fuser` is frozen. Saved folders hold the fuser alone and name the base models.
+
+    Args:
+        config: The pair, the fuser's sizes and the alignment.
+        receiver: The model that answers; `None`: made from `config.receiver_config` with random weights.
+        sharers: The models that lend their states; `None`: made from `config.sharer_configs` likewise.
+
+    Raises:
+        ValueError: A base model has no plain key/value cache, or other shapes than the configuration records.
+    """
+
+    config_class = C2CConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: C2CConfig,
+        receiver: PreTrainedModel | None = None,
+        sharers: Sequence[PreTrainedModel] | None = None,
+    ) -> None:
+        super().__init__(config)
+        if receiver is None:
+            if config.receiver_config is None:
+                raise ValueError("`config.receiver_config` is missing; build the model with `from_receiver_and_sharers`.")
+            receiver = AutoModelForCausalLM.from_config(config.receiver_config)
+        if sharers is None:
+            sharers = [AutoModelForCausalLM.from_config(sharer) for sharer in config.sharer_configs or []]
+        if not sharers or len(sharers) != config.num_sharers:
+            raise ValueError(
+                f"`sharers` must hold at least one model and as many as the configuration names ({config.num_sharers}), but "
+                f"got {len(sharers)}."
+            )
+        # The receiver comes first: transformers takes a model's device and dtype from its first parameter.
+        self.receiver = receiver.requires_grad_(False).eval()
+        self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
+        receiver_shapes, sharer_shapes = self._check_layer_shapes()
+        self.fuser = nn.ModuleList(
+            Fuser(receiver_shapes, shapes, config, index) for index, shapes in enumerate(sharer_shapes)
+        )
+        self.fuser.to(device=input_device(receiver))
+        for index, alignment in enumerate(config.token_alignments):
+            size = receiver.get_input_embeddings().weight.shape[0]
+            table = torch.full((size,), -1, dtype=torch.int32) if alignment in ("first", "longest") else None
+            self.register_buffer(f"token_table_{index}", table)
+        self.fusion_enabled = True
+        self.generation_config = receiver.generation_config
+        self.config._attn_implementation_internal = receiver.config._attn_implementation
+        self.post_init()
+
+    def _check_layer_shapes(self) -> tuple[list, list[list]]:
+        receiver_shapes = probe_layer_shapes(self.receiver, "receiver")
+        sharer_shapes = [probe_layer_shapes(sharer, "sharers") for sharer in self.sharers]
+        field = "layer shapes (key/value heads, key width, value width)"
+        roles = ["receiver", *["sharers"] * len(sharer_shapes)]
+        recorded = [self.config.receiver_layer_shapes, *(self.config.sharer_layer_shapes or [None] * len(sharer_shapes))]
+        for role, saved, found in zip(roles, recorded, [receiver_shapes, *sharer_shapes], strict=True):
+            check_base_model(role, field, None if saved is None else _summary(saved), _summary(found))
+        self.config.receiver_layer_shapes = [list(shape) for shape in receiver_shapes]
+        self.config.sharer_layer_shapes = [[list(shape) for shape in shapes] for shapes in sharer_shapes]
+        return receiver_shapes, sharer_shapes
+
+    @classmethod
+    def from_receiver_and_sharers(
+        cls,
+        receiver: BaseModel,
+        sharers: BaseModel | Sequence[BaseModel],
+        receiver_kwargs: dict[str, Any] | None = None,
+        sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        token_alignment: str | list[str] | None = None,
+        **config_fields: Any,  # noqa: ANN401
+    ) -> "C2CPreTrainedModel":
+        """Build an untrained pair: its gates are shut, so that it answers as the receiver does.
+
+        Args:
+            receiver: Hub id, folder or loaded model.
+            sharers: One of these, or a list.
+            receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
+            sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
+            token_alignment: See [`C2CConfig`]. `None`: `"identity"` between equal vocabularies, else `"span"`.
+            **config_fields: Fields of [`C2CConfig`].
+
+        Raises:
+            ValueError: For models or values that do not go together.
+        """
+        sharers = [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
+        if not sharers:
+            raise ValueError("`sharers` must name at least one model, but the list is empty.")
+        all_sharer_kwargs = _per_sharer_kwargs(sharer_kwargs, len(sharers))
+        loaded = [load_base_model(receiver, "receiver", receiver_kwargs or {})]
+        loaded += [
+            load_base_model(sharer, "sharers", kwargs)
+            for sharer, kwargs in zip(sharers, all_sharer_kwargs, strict=True)
+        ]
+        models, names, revisions = (list(column) for column in zip(*loaded, strict=True))
+        tokenizers = [
+            _load_tokenizer(name, kwargs)
+            for name, kwargs in zip(names, [receiver_kwargs or {}, *all_sharer_kwargs], strict=True)
+        ]
+        alignments = _resolve_alignments(token_alignment, models, tokenizers)
+        config = C2CConfig(
+            receiver_name_or_path=names[0],
+            receiver_revision=revisions[0],
+            sharer_names_or_paths=names[1:],
+            sharer_revisions=revisions[1:],
+            receiver_config=models[0].config,
+            sharer_configs=[model.config for model in models[1:]],
+            receiver_fingerprint=fingerprint(models[0]),
+            sharer_fingerprints=[fingerprint(model) for model in models[1:]],
+            token_alignment=alignments[0] if len(set(alignments)) == 1 else alignments,
+            **config_fields,
+        )
+        model = cls(config, models[0], models[1:])
+        for index, alignment in enumerate(alignments):
+            if alignment in ("first", "longest"):
+                model.set_token_table(index, tokenizers[0], tokenizers[index + 1])
+        return model
+
+    def set_token_table(self, sharer_index: int, receiver_tokenizer: Any, sharer_tokenizer: Any) -> None:  # noqa: ANN401
+        """Build the lookup table of the `"first"` and `"longest"` alignments; it is saved with the fuser.
+
+        Args:
+            sharer_index: Which sharer.
+            receiver_tokenizer: The receiver's tokenizer.
+            sharer_tokenizer: That sharer's tokenizer.
+
+        Raises:
+            ValueError: A tokenizer is missing.
+        """
+        strategy = self.config.token_alignments[sharer_index]
+        if receiver_tokenizer is None or sharer_tokenizer is None:
+            raise ValueError(
+                f"`token_alignment={strategy!r}` needs both tokenizers, but a loaded model without a name or path brings "
+                "none; pass names, or call `set_token_table`."
+            )
+        table: torch.Tensor = getattr(self, f"token_table_{sharer_index}")
+        built = build_token_table(receiver_tokenizer, sharer_tokenizer, strategy, vocab_size=len(table))
+        table.copy_(built[: len(table)])
+        bos_token_ids = list(self.config.sharer_bos_token_ids or [None] * self.config.num_sharers)
+        bos_token_ids[sharer_index] = sharer_tokenizer.bos_token_id
+        self.config.sharer_bos_token_ids = bos_token_ids
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        config: C2CConfig | None = None,
+        receiver: BaseModel | None = None,
+        sharers: BaseModel | Sequence[BaseModel] | None = None,
+        receiver_kwargs: dict[str, Any] | None = None,
+        sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,  # noqa: ANN401
+        verify_base_models: bool = True,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> "C2CPreTrainedModel":
+        """Load a saved fuser together with its base models.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of the fuser.
+            config: Used in place of the saved configuration.
+            receiver: A loaded receiver, or another place of the same; `None`: by the recorded name and revision.
+            sharers: The same for the sharers.
+            receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
+            sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
+            dtype: Precision of the base models; the fuser stays in float32 and computes in the receiver's.
+            device_map: Placement of each base model.
+            verify_base_models: Compare the base models' weights and revisions with those recorded.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
+                fuser is on the Hub; fields of [`C2CConfig`] override the saved ones.
+
+        Raises:
+            ValueError: The checkpoint or the base models do not fit.
+            OSError: A file is missing.
+        """
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        hub_kwargs = {key: value for key, value in hub_kwargs.items() if value is not None}
+        # The Auto classes hand these over; code of base models is asked for in `receiver_kwargs` and `sharer_kwargs`.
+        for key in ("trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
+            kwargs.pop(key, None)
+        if not isinstance(config, C2CConfig):
+            config = C2CConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        unknown = [key for key in kwargs if not hasattr(config, key)]
+        if unknown:
+            raise ValueError(f"Unknown arguments of `from_pretrained`: {unknown}.")
+        for key, value in kwargs.items():
+            setattr(config, key, value)
+        config._check_fields()
+        shared = {key: value for key, value in (("dtype", dtype), ("device_map", device_map)) if value is not None}
+        hub_access = {key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_kwargs}
+        base_models = _base_models_to_load(config, receiver, sharers)
+        all_kwargs = [receiver_kwargs or {}, *_per_sharer_kwargs(sharer_kwargs, config.num_sharers)]
+        revisions = [config.receiver_revision, *(config.sharer_revisions or [None] * config.num_sharers)]
+        fingerprints = [config.receiver_fingerprint, *(config.sharer_fingerprints or [None] * config.num_sharers)]
+        models = []
+        for index, (base, base_kwargs) in enumerate(zip(base_models, all_kwargs, strict=True)):
+            role = "receiver" if index == 0 else "sharers"
+            by_name = {**shared, **hub_access, "revision": revisions[index], **base_kwargs}
+            if by_name["revision"] is None:
+                del by_name["revision"]
+            model, _, revision = load_base_model(base, role, by_name)
+            if verify_base_models:
+                check_base_model(role, "revision", revisions[index], revision, _VERIFY_HINT)
+            models.append(model)
+        built = cls(config, models[0], models[1:])
+        if verify_base_models:
+            for index, model in enumerate(models):
+                role = "receiver" if index == 0 else "sharers"
+                check_base_model(role, "weights' fingerprint", fingerprints[index], fingerprint(model), _VERIFY_HINT)
+        weights = load_fuser_weights(pretrained_model_name_or_path, hub_kwargs)
+        check_fuser_weights(weights, built._own_state_dict())
+        built.load_state_dict(weights, strict=False)
+        built.name_or_path = config.name_or_path
+        return built.eval()
+
+    @staticmethod
+    def _is_own(name: str) -> bool:
+        """Say whether a weight is this package's, by its name; all others belong to base models."""
+        return name.startswith(("fuser.", "token_table_"))
+
+    def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        items = (self.state_dict() if state_dict is None else state_dict).items()
+        return {name: value for name, value in items if self._is_own(name)}
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        is_main_process: bool = True,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Save configuration and fuser, never a base model's weight.
+
+        The files are written beside their places first and moved there when all are complete, so that a save which is
+        interrupted leaves what stood there before.
+
+        Args:
+            save_directory: The folder; made if needed.
+            state_dict: Weights to save in place of the model's own; those of base models are left out.
+            push_to_hub: Upload afterwards, see [`push_to_hub`].
+            is_main_process: Only the main process writes.
+            **kwargs: Arguments of transformers' `save_pretrained`, such as `max_shard_size`.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"`save_directory` must be a folder, but {str(target)!r} is a file.")
+        if is_main_process:
+            target.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+            try:
+                super().save_pretrained(staging, state_dict=self._own_state_dict(state_dict), **kwargs)
+                written = sorted(staging.iterdir(), key=lambda path: path.suffix != ".safetensors")
+                stale = {path.name for path in target.glob("model*.safetensors*")} - {path.name for path in written}
+                for path in written:
+                    path.replace(target / path.name)
+                for name in stale:
+                    (target / name).unlink()
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", target.name)
+            self.push_to_hub(repo_id, **{key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs})
+
+    @contextmanager
+    def alone(self) -> Iterator["C2CPreTrainedModel"]:
+        """Switch fusion off: within this context every output equals the receiver's own."""
+        enabled, self.fusion_enabled = self.fusion_enabled, False
+        try:
+            yield self
+        finally:
+            self.fusion_enabled = enabled
+
+    def init_weights(self) -> None:
+        """Leave all weights as they are: base models come initialised, fusers initialise themselves."""
+
+    def train(self, mode: bool = True) -> "C2CPreTrainedModel":
+        """Set the fuser's mode; base models stay in evaluation mode."""
+        super().train(mode)
+        self.receiver.eval()
+        self.sharers.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the receiver's input embeddings."""
+        return self.receiver.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the receiver's output embeddings."""
+        return self.receiver.get_output_embeddings()
+
+
+def _summary(shapes: Sequence[Sequence[int]]) -> str:
+    """Describe layer shapes in a few words: `30 x (3, 64, 64)`."""
+    runs: list[list] = []
+    for shape in shapes:
+        if runs and runs[-1][1] == tuple(shape):
+            runs[-1][0] += 1
+        else:
+            runs.append([1, tuple(shape)])
+    return " + ".join(f"{count} x {shape}" for count, shape in runs)
+
+
+def _per_sharer_kwargs(
+    sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None, num_sharers: int
+) -> list[dict[str, Any]]:
+    if sharer_kwargs is None or isinstance(sharer_kwargs, dict):
+        return [sharer_kwargs or {}] * num_sharers
+    if len(sharer_kwargs) != num_sharers:
+        raise ValueError(
+            f"`sharer_kwargs` must be one dictionary or one per sharer ({num_sharers}), but got {len(sharer_kwargs)}."
+        )
+    return list(sharer_kwargs)
+
+
+def _load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Load the tokenizer beside a base model; `None` where there is none."""
+    if name is None:
+        return None
+    known = (*HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
+    kwargs = {key: value for key, value in model_kwargs.items() if key in known}
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError):
+        # A model without a tokenizer is fine as long as no alignment needs one, which is checked where it does.
+        return None
+
+
+def _resolve_alignments(
+    token_alignment: str | Sequence[str] | None, models: Sequence[PreTrainedModel], tokenizers: Sequence[Any]
+) -> list[str]:
+    """Choose each sharer's alignment, and refuse `identity` between different vocabularies."""
+    if token_alignment is None or isinstance(token_alignment, str):
+        wished: list[str | None] = [token_alignment] * (len(models) - 1)
+    else:
+        wished = list(token_alignment)
+    if len(wished) != len(models) - 1:
+        raise ValueError(
+            f"`token_alignment` needs one value, or one per sharer ({len(models) - 1}), but got {wished!r}."
+        )
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in models]
+    resolved = []
+    for index, alignment in enumerate(wished, start=1):
+        if tokenizers[0] is not None and tokenizers[index] is not None:
+            same = same_vocabulary(tokenizers[0], tokenizers[index])
+        else:
+            same = sizes[0] == sizes[index]
+        if alignment == "identity" and not same:
+            raise ValueError(
+                "`token_alignment='identity'` needs receiver and sharer to have the same vocabulary, but those of "
+                f"{type(models[0]).__name__} ({sizes[0]} tokens) and {type(models[index]).__name__} ({sizes[index]} tokens) "
+                "differ; use 'span', 'first' or 'longest'."
+            )
+        resolved.append(alignment or ("identity" if same else "span"))
+    return resolved
+
+
+def _base_models_to_load(
+    config: C2CConfig, receiver: BaseModel | None, sharers: BaseModel | Sequence[BaseModel] | None
+) -> list[BaseModel]:
+    if receiver is None:
+        receiver = config.receiver_name_or_path
+    if isinstance(sharers, str | Path | PreTrainedModel):
+        sharers = [sharers]
+    elif sharers is None:
+        sharers = config.sharer_names_or_paths or [None] * config.num_sharers  # type: ignore[list-item]
+    if len(sharers) != config.num_sharers:
+        raise ValueError(f"`sharers`: this fuser has {config.num_sharers} sharers, but got {len(sharers)}.")
+    for role, model in (("receiver", receiver), *(("sharers", sharer) for sharer in sharers)):
+        if model is None:
+            raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
+    return [receiver, *sharers]  # type: ignore[list-item]
