@@ -1,13 +1,49 @@
 """Cache-to-Cache: language models that communicate through their key/value caches (arXiv 2510.03215)."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .cache import C2CCache
-from .configuration_c2c import C2CConfig
-from .conversion import convert_reference_checkpoint
-from .modeling_c2c import C2CForCausalLM
+if TYPE_CHECKING:
+    from .cache import C2CCache
+    from .configuration_c2c import C2CConfig
+    from .conversion import convert_reference_checkpoint
+    from .modeling_c2c import C2CForCausalLM
+    from .processing_c2c import C2CProcessor
 
-__all__ = ["C2CCache", "C2CConfig", "C2CForCausalLM", "convert_reference_checkpoint"]
+__all__ = ["C2CCache", "C2CConfig", "C2CForCausalLM", "C2CProcessor", "__version__", "convert_reference_checkpoint"]
 
-AutoConfig.register(C2CConfig.model_type, C2CConfig)
-AutoModelForCausalLM.register(C2CConfig, C2CForCausalLM)
+__version__ = "0.1.0"
+
+_MODULES = {
+    "C2CCache": ".cache",
+    "C2CConfig": ".configuration_c2c",
+    "C2CForCausalLM": ".modeling_c2c",
+    "C2CProcessor": ".processing_c2c",
+    "convert_reference_checkpoint": ".conversion",
+}
+
+
+def _register() -> None:
+    """Make the Auto classes of transformers know this package's; the public names stand in the module from then on."""
+    for name, module in _MODULES.items():
+        globals()[name] = getattr(import_module(module, __name__), name)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+    config_class = globals()["C2CConfig"]
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForCausalLM.register(config_class, globals()["C2CForCausalLM"])
+    AutoProcessor.register(config_class, globals()["C2CProcessor"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _register()
+    return globals()[name]
+
+
+# The command `c2c` answers `--help` without torch; its commands register when they first use a public name.
+if Path(sys.argv[0] if sys.argv else "").stem != "c2c":
+    _register()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,20 +24,20 @@ def pop_cache(kwargs: dict[str, Any]) -> Cache | None:
 
 
 def accepts_argument(model: PreTrainedModel, name: str) -> bool:
-    """Say whether a model's `forward` has an argument of its own of this name (ALiBi models have no `position_ids`)."""
-    return name in _forward_arguments(type(model))
+    """Say whether a model's `forward` has an argument of this name (ALiBi models have no `position_ids`)."""
+    return name in _arguments(type(model).forward)
 
 
 @functools.cache
-def _forward_arguments(model_class: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
+def _arguments(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def copy_cache(cache: Cache) -> Cache:
     """Copy a cache so that updating the copy leaves the original as it is.
 
     Dynamic and quantized layers replace their tensors when they grow, so copies of the layer objects suffice. Static
-    layers write in place, hence their tensors are copied too. Copies share the offloading stream, which cannot be copied.
+    layers write in place, hence their tensors are copied too. Copies share the offloading stream, which has no copy.
     """
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]

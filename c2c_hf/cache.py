@@ -41,8 +41,8 @@ class C2CCache(Cache):
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache new states, fused ones in place of the receiver's own where [`C2CCache.substituting`] says so.
 
@@ -112,7 +112,8 @@ class C2CCache(Cache):
         length = self.get_seq_length()
         super().crop(tokens_to_remove)
         if self.clean_cache is None:
-            # Without response fusion sharers read texts, not the receiver's tokens: a later turn compares what they read.
+            # Without response fusion sharers read texts, not the receiver's tokens: a later turn compares what they
+            # read.
             return
         removed = length - self.get_seq_length()
         self.clean_cache.crop(-removed)

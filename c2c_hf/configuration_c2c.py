@@ -30,8 +30,8 @@ def layer_mapping(num_receiver_layers: int, num_sharer_layers: int, layer_alignm
     Args:
         num_receiver_layers: Number of layers in the receiver's cache.
         num_sharer_layers: Number of layers in the sharer's cache.
-        layer_alignment: `"terminal"` pairs the last layers and walks down, surplus receiver layers reading sharer layer
-            0 (arXiv 2510.03215); `"depth_normalized"` pairs layers of nearest relative depth.
+        layer_alignment: `"terminal"` pairs the last layers and walks down, surplus receiver layers reading sharer
+            layer 0 (arXiv 2510.03215); `"depth_normalized"` pairs layers of nearest relative depth.
 
     Returns:
         One sharer layer index per receiver layer.
@@ -58,14 +58,14 @@ class C2CConfig(PreTrainedConfig):
         sharer_revisions: One revision (or `None`) per sharer.
         receiver_config: Nested configuration of the receiver, or its dictionary.
         sharer_configs: Nested configurations of the sharers, or their dictionaries, in order.
-        receiver_layer_shapes: Per cached receiver layer `[num_key_value_heads, key head_dim, value head_dim]`, read off
-            the model when the fuser is built and compared when it is loaded again.
+        receiver_layer_shapes: Per cached receiver layer `[num_key_value_heads, key head_dim, value head_dim]`, read
+            off the model when the fuser is built and compared when it is loaded again.
         sharer_layer_shapes: The same, one list per sharer.
         receiver_fingerprint: Short hash of the receiver's weights, compared on loading. `None`: not compared.
         sharer_fingerprints: One hash (or `None`) per sharer.
         fuser_type: `"c2c"`, the projector of arXiv 2510.03215.
-        fuser_hidden_size: Width inside the fuser. Compact fusers go down to 64. This and the next three take one value,
-            or a list with one per sharer.
+        fuser_hidden_size: Width inside the fuser. Compact fusers go down to 64. This and the next three take one
+            value, or a list with one per sharer.
         fuser_intermediate_size: Width inside the fuser's feed-forward blocks.
         num_fuser_layers: Depth of the fuser, input projection included; at least 2.
         fuser_dropout: Dropout in the feed-forward blocks while training.
@@ -75,8 +75,8 @@ class C2CConfig(PreTrainedConfig):
         token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`: how a receiver token finds the sharer token
             it reads. One value per sharer where they differ.
         context_mode: `"slice"`: a sharer-only context reaches the receiver through the aligned positions.
-        fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's own
-            states, `"sequential"` hands each fuser what the one before it made.
+        fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's
+            own states, `"sequential"` hands each fuser what the one before it made.
         sharer_bos_token_ids: The token with which each sharer's text starts under `"first"` and `"longest"`, where the
             receiver's tokens alone would give it none. `None`: no such token.
         fuse_response: Keep fusing for answer tokens. Costs one more pass of the receiver and one of each sharer per
@@ -177,7 +177,7 @@ class C2CConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the receiver's text configuration, which is what generation and caches need to know."""
-        if self.receiver_config is None:
+        if not isinstance(self.receiver_config, PreTrainedConfig):
             return self
         return self.receiver_config.get_text_config(decoder=decoder, encoder=encoder)
 
@@ -204,9 +204,11 @@ def _as_dict(config: PreTrainedConfig | None) -> dict[str, Any] | None:
     if config is None:
         return None
     # The folder that a base model was loaded from stands in `receiver_name_or_path` alone.
-    return {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    return {
+        key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
+    }
 
 
-def _check_choice(field: str, value: Any, allowed: Sequence[str]) -> None:  # noqa: ANN401
+def _check_choice(field: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"`{field}` must be one of {list(allowed)}, but got {value!r}.")

@@ -10,8 +10,8 @@ import torch
 
 from .configuration_c2c import FuserSizes
 from .fuser import Fuser
+from .loading import BaseModel
 from .modeling_c2c import C2CForCausalLM
-from .pretrained_c2c import BaseModel
 
 # A part's name here -> there, where it has `key_` or `value_` in front.
 _PARTS = {
@@ -28,7 +28,7 @@ def convert_reference_checkpoint(
     checkpoint_dirs: str | Path | Sequence[str | Path],
     receiver: BaseModel | None = None,
     sharers: BaseModel | Sequence[BaseModel] | None = None,
-    **kwargs: Any,  # noqa: ANN401
+    **kwargs: Any,
 ) -> C2CForCausalLM:
     """Build a model from published fusers, one checkpoint per sharer.
 
@@ -45,8 +45,9 @@ def convert_reference_checkpoint(
     Raises:
         ValueError: A checkpoint is incomplete, foreign or does not fit the models.
     """
-    single = isinstance(checkpoint_dirs, str | Path)
-    folders = [Path(checkpoint_dirs)] if single else [Path(folder) for folder in checkpoint_dirs]  # type: ignore[union-attr, arg-type]
+    if isinstance(checkpoint_dirs, str | Path):
+        checkpoint_dirs = [checkpoint_dirs]
+    folders = [Path(folder) for folder in checkpoint_dirs]
     if not folders:
         raise ValueError("`checkpoint_dirs` must name at least one folder, but the list is empty.")
     recipes = [_read_json(folder / "config.json").get("model", {}) for folder in folders]
@@ -58,9 +59,11 @@ def convert_reference_checkpoint(
         sharers = [sharers]
     if len(sharers) != len(folders):
         raise ValueError(f"`sharers` must be as many as `checkpoint_dirs` ({len(folders)}), but got {len(sharers)}.")
-    sizes = zip(*(_fuser_sizes(folder) for folder in folders), strict=True)
+    sizes = [_fuser_sizes(folder) for folder in folders]
     fields = ("fuser_hidden_size", "fuser_intermediate_size", "num_fuser_layers", "fuser_dropout")
-    defaults = {field: values[0] if len(set(values)) == 1 else list(values) for field, values in zip(fields, sizes)}  # noqa: B905
+    defaults: dict[str, Any] = {
+        field: list(values) for field, values in zip(fields, zip(*sizes, strict=True), strict=True)
+    }
     defaults["token_alignment"] = [_token_alignment(recipe) for recipe in recipes]
     model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharers, **{**defaults, **kwargs})
     for fuser, folder, shapes in zip(model.fuser, folders, model.config.sharer_layer_shapes, strict=True):
@@ -156,8 +159,8 @@ def _load_projectors(fuser: Fuser, folder: Path, num_sharer_layers: int) -> None
                 value = weights.pop(theirs)
                 if value.shape != target[row].shape:
                     raise ValueError(
-                        f"`checkpoint_dirs`: {theirs} in {path} has shape {tuple(value.shape)}, but receiver and sharer "
-                        f"ask for {tuple(target[row].shape)}."
+                        f"`checkpoint_dirs`: {theirs} in {path} has shape {tuple(value.shape)}, but receiver and "
+                        f"sharer ask for {tuple(target[row].shape)}."
                     )
                 target[row].copy_(value)
         if weights:

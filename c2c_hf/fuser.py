@@ -1,10 +1,11 @@
 """The trained part: key/value states of receiver and sharer go in, changes of the receiver's states come out.
 
-A sharer's fuser treats every (layer, keys or values) pair, an *entry*, apart, each with its own weights. Entries of equal
-shape are stacked, so that all of them run as a few batched matrix products.
+A sharer's fuser treats every (layer, keys or values) pair, an *entry*, apart, each with its own weights. Entries of
+equal shape are stacked, so that all of them run as a few batched matrix products.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -184,7 +185,7 @@ class FuserGroup(nn.Module):
 
     def _weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return the active entries' weights in the dtype that the states have."""
-        parameters = dict(self.projector.named_parameters())
+        parameters: dict[str, torch.Tensor] = dict(self.projector.named_parameters())
         if self.training or torch.is_grad_enabled():
             # Autocast, where it is on, casts by itself and keeps its copies.
             device_type = self.gate.gate_logit.device.type
@@ -233,7 +234,7 @@ class Fuser(nn.Module):
             num_heads = receiver_shapes[entry % self.num_layers][0]
             groups.setdefault((sharer_widths[source], receiver_widths[entry], num_heads), []).append(entry)
         sizes = config.fuser_sizes(sharer_index)
-        self.groups = nn.ModuleList(FuserGroup(entries, *shape, sizes) for shape, entries in groups.items())
+        self.groups: Any = nn.ModuleList(FuserGroup(entries, *shape, sizes) for shape, entries in groups.items())
         self.register_buffer("gate_temperature", torch.tensor(float(config.initial_gate_temperature)))
 
     def forward(
@@ -242,8 +243,8 @@ class Fuser(nn.Module):
         """Compute how the receiver's states change.
 
         Args:
-            sharer_states: The sharer's states at the aligned positions, one tensor `(num_tokens, heads * head_dim)` per
-                entry: every layer's keys, then every layer's values.
+            sharer_states: The sharer's states at the aligned positions, one tensor `(num_tokens, heads * head_dim)`
+                per entry: every layer's keys, then every layer's values.
             receiver_states: The receiver's states at the same tokens, likewise.
 
         Returns:

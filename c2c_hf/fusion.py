@@ -14,8 +14,8 @@ class FusionPlan:
     """What a forward pass over `seq_len` new tokens has to do.
 
     Attributes:
-        row_starts: `(batch_size,)`, int64 on the CPU: from this position on a row is computed over its fused cache; the
-            positions before it are computed by the receiver as if it were alone.
+        row_starts: `(batch_size,)`, int64 on the CPU: from this position on a row is computed over its fused cache;
+            the positions before it are computed by the receiver as if it were alone.
         tail_start: The smallest of them. Positions before it enter the cache as one block.
         end: One more than the last position that some row fuses.
         tokens: Per sharer three CPU tensors `(num_tokens,)`: batch row, receiver position, sharer position.
@@ -29,7 +29,7 @@ class FusionPlan:
     sharer_lengths: list[int]
 
     def substituted(self, seq_len: int) -> torch.Tensor | None:
-        """Return where the tail takes fused states in place of its own, `(batch_size, seq_len - tail_start)`, or `None`.
+        """Return where the tail takes given states in place of its own, `(batch_size, tail length)`, or `None`.
 
         Rows of a batch may end their fused region at different positions. The tail starts at the earliest; rows that
         fuse beyond it get those states put in place inside the cache.
@@ -50,7 +50,8 @@ def plan_fusion(
     """Turn alignments into a plan.
 
     Args:
-        alignments: Per sharer `(batch_size, seq_len)`: the sharer position that each new receiver position reads, or -1.
+        alignments: Per sharer `(batch_size, seq_len)`: the sharer position that each new receiver position reads, or
+            -1.
         sharer_lengths: Number of tokens of each sharer.
         row_starts: `(batch_size,)`: where each row's tail starts, for response fusion. `None`: behind the row's last
             fused position.
@@ -70,8 +71,8 @@ def plan_fusion(
         low, high = int(host[index].min()), int(host[index].max())
         if low < -1 or high >= length:
             raise ValueError(
-                f"`sharer_alignment` must hold sharer positions from 0 to {length - 1} or -1 for none, but that of sharer "
-                f"{index} holds values from {low} to {high}."
+                f"`sharer_alignment` must hold sharer positions from 0 to {length - 1} or -1 for none, but that of "
+                f"sharer {index} holds values from {low} to {high}."
             )
     positions = torch.arange(fused.shape[1])
     ends = torch.where(fused, positions + 1, 0).amax(1)

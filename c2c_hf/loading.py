@@ -1,17 +1,20 @@
-"""Loading of base models and of fuser weights, and the checks that they belong together."""
+"""Loading of base models and their tokenizers, and the checks that they belong together."""
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
+
+from .alignment import same_vocabulary
+from .configuration_c2c import C2CConfig
+
+#: A loaded model, or the Hub id or folder of one.
+BaseModel: TypeAlias = str | Path | PreTrainedModel
 
 #: Keyword arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
@@ -41,7 +44,9 @@ def load_base_model(
             )
         return model, model.name_or_path or None, getattr(model.config, "_commit_hash", None)
     if not isinstance(model, str | Path):
-        raise TypeError(f"`{role}` must be a transformers model, a Hub id or a folder, but got {type(model).__name__}.")
+        raise TypeError(
+            f"`{role}` must be a transformers model, a Hub id or a folder, but got {type(model).__name__}."
+        )
     name = str(model)
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(
@@ -95,82 +100,83 @@ def check_base_model(role: str, field: str, saved: object, found: object, hint: 
     """
     if saved is not None and found is not None and saved != found:
         raise ValueError(
-            f"`{role}`: this fuser was made for a model with {field} {saved}, but the model at hand has {found}; load the "
-            f"base model that the fuser was trained with.{hint}"
+            f"`{role}`: this fuser was made for a model with {field} {saved}, but the model at hand has {found}; load "
+            f"the base model that the fuser was trained with.{hint}"
         )
 
 
-def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Read the weights of a saved fuser, from one safetensors file or from shards.
-
-    Args:
-        name_or_path: Hub id or folder.
-        hub_kwargs: Where on the Hub, see `HUB_ARGUMENTS`.
-
-    Raises:
-        OSError: No safetensors file there.
-        ValueError: A damaged file, or an index that points outside the folder.
-    """
-    name = str(name_or_path)
-    index_path = _find(name, SAFE_WEIGHTS_INDEX_NAME, hub_kwargs)
-    single_path = _find(name, SAFE_WEIGHTS_NAME, hub_kwargs)
-    if single_path is not None:
-        return _read_safetensors(single_path)
-    if index_path is None:
-        raise OSError(f"`pretrained_model_name_or_path`: {name!r} holds no {SAFE_WEIGHTS_NAME}, so it is no saved fuser.")
-    try:
-        shards = sorted(set(json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"The index {SAFE_WEIGHTS_INDEX_NAME} of {name!r} is damaged; download or save it anew.") from error
-    weights: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise ValueError(f"The index of {name!r} names {shard!r}, which is no safetensors file in its own folder.")
-        path = _find(name, shard, hub_kwargs)
-        if path is None:
-            raise OSError(f"{name!r} lacks the shard {shard}; download or save it anew.")
-        weights.update(_read_safetensors(path))
-    return weights
-
-
-def _find(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
-    return cached_file(
-        name,
-        filename,
-        **hub_kwargs,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
+def per_sharer_kwargs(
+    sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None, num_sharers: int
+) -> list[dict[str, Any]]:
+    """Spread one dictionary of arguments over all sharers, or check that there is one per sharer."""
+    if sharer_kwargs is None or isinstance(sharer_kwargs, dict):
+        return [sharer_kwargs or {}] * num_sharers
+    if len(sharer_kwargs) != num_sharers:
         raise ValueError(
-            f"{Path(path).name} is truncated or no safetensors file ({error}); download or save it anew."
-        ) from error
-
-
-def check_fuser_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Compare names and shapes of saved weights with those that the configuration and the base models ask for.
-
-    Raises:
-        ValueError: They differ.
-    """
-    missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or foreign:
-        raise ValueError(
-            f"The checkpoint is not that of this fuser: {_some(missing)} missing and {_some(foreign)} unknown."
+            f"`sharer_kwargs` must be one dictionary or one per sharer ({num_sharers}), but got {len(sharer_kwargs)}."
         )
-    for name, value in weights.items():
-        if value.shape != expected[name].shape:
+    return list(sharer_kwargs)
+
+
+def load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> Any:
+    """Load the tokenizer beside a base model; `None` where there is none."""
+    if name is None:
+        return None
+    known = (*HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
+    kwargs = {key: value for key, value in model_kwargs.items() if key in known}
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError):
+        # A model without a tokenizer is fine as long as no alignment needs one, which is checked where it does.
+        return None
+
+
+def resolve_alignments(
+    token_alignment: str | Sequence[str] | None, models: Sequence[PreTrainedModel], tokenizers: Sequence[Any]
+) -> list[str]:
+    """Choose each sharer's alignment, and refuse `identity` between different vocabularies."""
+    if token_alignment is None or isinstance(token_alignment, str):
+        wished: list[str | None] = [token_alignment] * (len(models) - 1)
+    else:
+        wished = list(token_alignment)
+    if len(wished) != len(models) - 1:
+        raise ValueError(
+            f"`token_alignment` needs one value, or one per sharer ({len(models) - 1}), but got {wished!r}."
+        )
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in models]
+    resolved = []
+    for index, alignment in enumerate(wished, start=1):
+        if tokenizers[0] is not None and tokenizers[index] is not None:
+            same = same_vocabulary(tokenizers[0], tokenizers[index])
+        else:
+            same = sizes[0] == sizes[index]
+        if alignment == "identity" and not same:
             raise ValueError(
-                f"The checkpoint does not fit: {name} has shape {tuple(value.shape)}, but the configuration and base models "
-                f"ask for {tuple(expected[name].shape)}."
+                "`token_alignment='identity'` needs receiver and sharer to have the same vocabulary, but those of "
+                f"{type(models[0]).__name__} ({sizes[0]} tokens) and {type(models[index]).__name__} ({sizes[index]} "
+                "tokens) differ; use 'span', 'first' or 'longest'."
             )
+        resolved.append(alignment or ("identity" if same else "span"))
+    return resolved
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} weights ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else "none"
+def base_models_to_load(
+    config: C2CConfig, receiver: BaseModel | None, sharers: BaseModel | Sequence[BaseModel] | None
+) -> list[BaseModel]:
+    """Take the base models handed over, and the recorded names of the others.
+
+    Raises:
+        ValueError: Their number is wrong, or a name is not recorded.
+    """
+    names: list[Any] = [config.receiver_name_or_path if receiver is None else receiver]
+    if sharers is None:
+        names += config.sharer_names_or_paths or [None] * config.num_sharers
+    else:
+        names += [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
+    if len(names) != config.num_sharers + 1:
+        raise ValueError(f"`sharers`: this fuser has {config.num_sharers} sharers, but got {len(names) - 1}.")
+    for index, name in enumerate(names):
+        if name is None:
+            role = "sharers" if index else "receiver"
+            raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
+    return names

@@ -52,8 +52,8 @@ class RecordingCache(Cache):
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Record the states of this call and return all states of the layer."""
         # Fusing changes them in place later, and values may be views that autograd would not let it change.
@@ -69,7 +69,7 @@ def prefill(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     logits_to_keep: int = 0,
-    **kwargs: Any,  # noqa: ANN401
+    **kwargs: Any,
 ) -> torch.Tensor | None:
     """Read a text without gradient; its key/value states go into `cache`.
 
@@ -110,8 +110,8 @@ def probe_layer_shapes(model: PreTrainedModel, role: str) -> list[LayerShape]:
         ValueError: The model keeps no plain key/value cache (recurrent, encoder-decoder, latent attention).
     """
     problem = (
-        f"`{role}`: {type(model).__name__} has no plain key/value cache per layer, which C2C needs; use a decoder whose "
-        "layers are all attention."
+        f"`{role}`: {type(model).__name__} has no plain key/value cache per layer, which C2C needs; use a decoder "
+        "whose layers are all attention."
     )
     if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
         raise ValueError(problem)

@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .alignment import build_token_table, same_vocabulary
-from .configuration_c2c import C2CConfig, LayerShape
+from .alignment import build_token_table, own_bos_token_id
+from .configuration_c2c import C2CConfig
 from .fuser import Fuser
 from .loading import (
     HUB_ARGUMENTS,
+    BaseModel,
+    base_models_to_load,
     check_base_model,
-    check_fuser_weights,
     fingerprint,
     load_base_model,
-    load_fuser_weights,
+    load_tokenizer,
+    per_sharer_kwargs,
+    resolve_alignments,
 )
 from .prefill import input_device, probe_layer_shapes
-
-BaseModel = str | Path | PreTrainedModel
+from .weights import check_fuser_weights, load_fuser_weights
 
 _VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
 
@@ -59,20 +61,22 @@ class C2CPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if receiver is None:
             if config.receiver_config is None:
-                raise ValueError("`config.receiver_config` is missing; build the model with `from_receiver_and_sharers`.")
+                raise ValueError(
+                    "`config.receiver_config` is missing; build the model with `from_receiver_and_sharers`."
+                )
             receiver = AutoModelForCausalLM.from_config(config.receiver_config)
         if sharers is None:
             sharers = [AutoModelForCausalLM.from_config(sharer) for sharer in config.sharer_configs or []]
         if not sharers or len(sharers) != config.num_sharers:
             raise ValueError(
-                f"`sharers` must hold at least one model and as many as the configuration names ({config.num_sharers}), but "
-                f"got {len(sharers)}."
+                f"`sharers` must hold at least one model and as many as the configuration names "
+                f"({config.num_sharers}), but got {len(sharers)}."
             )
         # The receiver comes first: transformers takes a model's device and dtype from its first parameter.
         self.receiver = receiver.requires_grad_(False).eval()
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
         receiver_shapes, sharer_shapes = self._check_layer_shapes()
-        self.fuser = nn.ModuleList(
+        self.fuser: Any = nn.ModuleList(
             Fuser(receiver_shapes, shapes, config, index) for index, shapes in enumerate(sharer_shapes)
         )
         self.fuser.to(device=input_device(receiver))
@@ -90,7 +94,10 @@ class C2CPreTrainedModel(PreTrainedModel):
         sharer_shapes = [probe_layer_shapes(sharer, "sharers") for sharer in self.sharers]
         field = "layer shapes (key/value heads, key width, value width)"
         roles = ["receiver", *["sharers"] * len(sharer_shapes)]
-        recorded = [self.config.receiver_layer_shapes, *(self.config.sharer_layer_shapes or [None] * len(sharer_shapes))]
+        recorded = [
+            self.config.receiver_layer_shapes,
+            *(self.config.sharer_layer_shapes or [None] * len(sharer_shapes)),
+        ]
         for role, saved, found in zip(roles, recorded, [receiver_shapes, *sharer_shapes], strict=True):
             check_base_model(role, field, None if saved is None else _summary(saved), _summary(found))
         self.config.receiver_layer_shapes = [list(shape) for shape in receiver_shapes]
@@ -105,7 +112,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         receiver_kwargs: dict[str, Any] | None = None,
         sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
         token_alignment: str | list[str] | None = None,
-        **config_fields: Any,  # noqa: ANN401
+        **config_fields: Any,
     ) -> "C2CPreTrainedModel":
         """Build an untrained pair: its gates are shut, so that it answers as the receiver does.
 
@@ -123,7 +130,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         sharers = [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
         if not sharers:
             raise ValueError("`sharers` must name at least one model, but the list is empty.")
-        all_sharer_kwargs = _per_sharer_kwargs(sharer_kwargs, len(sharers))
+        all_sharer_kwargs = per_sharer_kwargs(sharer_kwargs, len(sharers))
         loaded = [load_base_model(receiver, "receiver", receiver_kwargs or {})]
         loaded += [
             load_base_model(sharer, "sharers", kwargs)
@@ -131,10 +138,10 @@ class C2CPreTrainedModel(PreTrainedModel):
         ]
         models, names, revisions = (list(column) for column in zip(*loaded, strict=True))
         tokenizers = [
-            _load_tokenizer(name, kwargs)
+            load_tokenizer(name, kwargs)
             for name, kwargs in zip(names, [receiver_kwargs or {}, *all_sharer_kwargs], strict=True)
         ]
-        alignments = _resolve_alignments(token_alignment, models, tokenizers)
+        alignments = resolve_alignments(token_alignment, models, tokenizers)
         config = C2CConfig(
             receiver_name_or_path=names[0],
             receiver_revision=revisions[0],
@@ -151,9 +158,9 @@ class C2CPreTrainedModel(PreTrainedModel):
         for index, alignment in enumerate(alignments):
             if alignment in ("first", "longest"):
                 model.set_token_table(index, tokenizers[0], tokenizers[index + 1])
-        return model
+        return model.eval()
 
-    def set_token_table(self, sharer_index: int, receiver_tokenizer: Any, sharer_tokenizer: Any) -> None:  # noqa: ANN401
+    def set_token_table(self, sharer_index: int, receiver_tokenizer: Any, sharer_tokenizer: Any) -> None:
         """Build the lookup table of the `"first"` and `"longest"` alignments; it is saved with the fuser.
 
         Args:
@@ -167,18 +174,18 @@ class C2CPreTrainedModel(PreTrainedModel):
         strategy = self.config.token_alignments[sharer_index]
         if receiver_tokenizer is None or sharer_tokenizer is None:
             raise ValueError(
-                f"`token_alignment={strategy!r}` needs both tokenizers, but a loaded model without a name or path brings "
-                "none; pass names, or call `set_token_table`."
+                f"`token_alignment={strategy!r}` needs both tokenizers, but a loaded model without a name or path "
+                "brings none; pass names, or call `set_token_table`."
             )
         table: torch.Tensor = getattr(self, f"token_table_{sharer_index}")
         built = build_token_table(receiver_tokenizer, sharer_tokenizer, strategy, vocab_size=len(table))
         table.copy_(built[: len(table)])
         bos_token_ids = list(self.config.sharer_bos_token_ids or [None] * self.config.num_sharers)
-        bos_token_ids[sharer_index] = sharer_tokenizer.bos_token_id
+        bos_token_ids[sharer_index] = own_bos_token_id(sharer_tokenizer)
         self.config.sharer_bos_token_ids = bos_token_ids
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         config: C2CConfig | None = None,
@@ -187,9 +194,9 @@ class C2CPreTrainedModel(PreTrainedModel):
         receiver_kwargs: dict[str, Any] | None = None,
         sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
         dtype: torch.dtype | str | None = None,
-        device_map: Any = None,  # noqa: ANN401
+        device_map: Any = None,
         verify_base_models: bool = True,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> "C2CPreTrainedModel":
         """Load a saved fuser together with its base models.
 
@@ -224,19 +231,21 @@ class C2CPreTrainedModel(PreTrainedModel):
             setattr(config, key, value)
         config._check_fields()
         shared = {key: value for key, value in (("dtype", dtype), ("device_map", device_map)) if value is not None}
-        hub_access = {key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_kwargs}
-        base_models = _base_models_to_load(config, receiver, sharers)
-        all_kwargs = [receiver_kwargs or {}, *_per_sharer_kwargs(sharer_kwargs, config.num_sharers)]
+        hub_access: dict[str, Any] = {
+            key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_kwargs
+        }
+        base_models = base_models_to_load(config, receiver, sharers)
+        all_kwargs = [receiver_kwargs or {}, *per_sharer_kwargs(sharer_kwargs, config.num_sharers)]
         revisions = [config.receiver_revision, *(config.sharer_revisions or [None] * config.num_sharers)]
         fingerprints = [config.receiver_fingerprint, *(config.sharer_fingerprints or [None] * config.num_sharers)]
         models = []
         for index, (base, base_kwargs) in enumerate(zip(base_models, all_kwargs, strict=True)):
             role = "receiver" if index == 0 else "sharers"
-            by_name = {**shared, **hub_access, "revision": revisions[index], **base_kwargs}
-            if by_name["revision"] is None:
-                del by_name["revision"]
-            model, _, revision = load_base_model(base, role, by_name)
-            if verify_base_models:
+            handed_over = (receiver if index == 0 else sharers) is not None
+            recorded = {} if handed_over or revisions[index] is None else {"revision": revisions[index]}
+            model, _, revision = load_base_model(base, role, {**shared, **hub_access, **recorded, **base_kwargs})
+            # Of a model from elsewhere, which has commits of its own, the weights decide.
+            if verify_base_models and not handed_over:
                 check_base_model(role, "revision", revisions[index], revision, _VERIFY_HINT)
             models.append(model)
         built = cls(config, models[0], models[1:])
@@ -259,13 +268,13 @@ class C2CPreTrainedModel(PreTrainedModel):
         items = (self.state_dict() if state_dict is None else state_dict).items()
         return {name: value for name, value in items if self._is_own(name)}
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         is_main_process: bool = True,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         """Save configuration and fuser, never a base model's weight.
 
@@ -300,7 +309,9 @@ class C2CPreTrainedModel(PreTrainedModel):
                 shutil.rmtree(staging, ignore_errors=True)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", target.name)
-            self.push_to_hub(repo_id, **{key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs})
+            self.push_to_hub(
+                repo_id, **{key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs}
+            )
 
     @contextmanager
     def alone(self) -> Iterator["C2CPreTrainedModel"]:
@@ -339,74 +350,3 @@ def _summary(shapes: Sequence[Sequence[int]]) -> str:
         else:
             runs.append([1, tuple(shape)])
     return " + ".join(f"{count} x {shape}" for count, shape in runs)
-
-
-def _per_sharer_kwargs(
-    sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None, num_sharers: int
-) -> list[dict[str, Any]]:
-    if sharer_kwargs is None or isinstance(sharer_kwargs, dict):
-        return [sharer_kwargs or {}] * num_sharers
-    if len(sharer_kwargs) != num_sharers:
-        raise ValueError(
-            f"`sharer_kwargs` must be one dictionary or one per sharer ({num_sharers}), but got {len(sharer_kwargs)}."
-        )
-    return list(sharer_kwargs)
-
-
-def _load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Load the tokenizer beside a base model; `None` where there is none."""
-    if name is None:
-        return None
-    known = (*HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
-    kwargs = {key: value for key, value in model_kwargs.items() if key in known}
-    try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError):
-        # A model without a tokenizer is fine as long as no alignment needs one, which is checked where it does.
-        return None
-
-
-def _resolve_alignments(
-    token_alignment: str | Sequence[str] | None, models: Sequence[PreTrainedModel], tokenizers: Sequence[Any]
-) -> list[str]:
-    """Choose each sharer's alignment, and refuse `identity` between different vocabularies."""
-    if token_alignment is None or isinstance(token_alignment, str):
-        wished: list[str | None] = [token_alignment] * (len(models) - 1)
-    else:
-        wished = list(token_alignment)
-    if len(wished) != len(models) - 1:
-        raise ValueError(
-            f"`token_alignment` needs one value, or one per sharer ({len(models) - 1}), but got {wished!r}."
-        )
-    sizes = [model.get_input_embeddings().weight.shape[0] for model in models]
-    resolved = []
-    for index, alignment in enumerate(wished, start=1):
-        if tokenizers[0] is not None and tokenizers[index] is not None:
-            same = same_vocabulary(tokenizers[0], tokenizers[index])
-        else:
-            same = sizes[0] == sizes[index]
-        if alignment == "identity" and not same:
-            raise ValueError(
-                "`token_alignment='identity'` needs receiver and sharer to have the same vocabulary, but those of "
-                f"{type(models[0]).__name__} ({sizes[0]} tokens) and {type(models[index]).__name__} ({sizes[index]} tokens) "
-                "differ; use 'span', 'first' or 'longest'."
-            )
-        resolved.append(alignment or ("identity" if same else "span"))
-    return resolved
-
-
-def _base_models_to_load(
-    config: C2CConfig, receiver: BaseModel | None, sharers: BaseModel | Sequence[BaseModel] | None
-) -> list[BaseModel]:
-    if receiver is None:
-        receiver = config.receiver_name_or_path
-    if isinstance(sharers, str | Path | PreTrainedModel):
-        sharers = [sharers]
-    elif sharers is None:
-        sharers = config.sharer_names_or_paths or [None] * config.num_sharers  # type: ignore[list-item]
-    if len(sharers) != config.num_sharers:
-        raise ValueError(f"`sharers`: this fuser has {config.num_sharers} sharers, but got {len(sharers)}.")
-    for role, model in (("receiver", receiver), *(("sharers", sharer) for sharer in sharers)):
-        if model is None:
-            raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
-    return [receiver, *sharers]  # type: ignore[list-item]

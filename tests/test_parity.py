@@ -91,8 +91,8 @@ def test_prompt_fusion(name: str) -> None:
     assert_cache(cache, data, mask)
     torch.testing.assert_close(outputs.logits, data["logits_last_section"], atol=TOLERANCE, rtol=0)
 
-    # While decoding, the reference hands on the mask of the prompt's first column only, and adds it to every score. A row
-    # whose first column is padding so attends to all positions alike; any other attends to padding as well.
+    # While decoding, the reference hands on the mask of the prompt's first column only, and adds it to every score. A
+    # row whose first column is padding so attends to all positions alike; any other attends to padding as well.
     batch, prompt_len = data["input_ids.0"].shape
     blind = (mask[:, 0] == 0)[:, None, None, None]
     for step in range(case["new_tokens"]):
@@ -135,9 +135,7 @@ def test_generate(name: str) -> None:
                 )
 
         kwargs.update(logits_processor=[PadInPlaceOfEnd()], eos_token_id=pad, pad_token_id=pad)
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=32, do_sample=False, **kwargs
-    )
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=32, do_sample=False, **kwargs)
     new = out[:, ids.shape[1] :]
     expected = data["generated_ids"]
     assert torch.equal(new, expected[:, : new.shape[1]])

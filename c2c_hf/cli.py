@@ -1,0 +1,240 @@
+"""The command `c2c`. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .modeling_c2c import C2CForCausalLM
+    from .processing_c2c import C2CProcessor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Words of the command line; `None`: those of the process.
+
+    Returns:
+        0, or 1 after an error, which is one sentence on standard error; 130 after an interruption.
+    """
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if parsed.verbose else logging.WARNING, format="%(message)s")
+    logging.getLogger("c2c_hf").setLevel(logging.DEBUG if parsed.verbose else logging.INFO)
+    # Two threads that spin for work slow each other down on small machines.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        parsed.run(parsed)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if parsed.verbose:
+            raise
+        print(f"c2c {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="c2c", description="Language models that communicate through their caches.")
+    parser.add_argument("--verbose", action="store_true", help="full error traces and debug messages")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="run the real pair that installs from PyPI on a few questions")
+    demo.add_argument("--questions", type=_positive, default=3, metavar="N", help="how many questions (default 3)")
+    demo.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="answer prompts with a saved fuser or an untrained pair")
+    _add_model_arguments(generate)
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT")
+    generate.add_argument("--context", metavar="TEXT", help="text that only the sharers read")
+    generate.add_argument("--plain", action="store_true", help="take prompts as plain text, without chat template")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk to a saved fuser or an untrained pair; an empty line ends")
+    _add_model_arguments(chat)
+    chat.set_defaults(run=_chat)
+
+    convert = commands.add_parser("convert", help="turn checkpoints of the reference into a fuser folder")
+    convert.add_argument("checkpoints", nargs="+", metavar="FOLDER", help="one checkpoint folder per sharer")
+    convert.add_argument("--output", required=True, metavar="FOLDER", help="where the fuser goes")
+    convert.add_argument("--receiver", metavar="MODEL", help="default: the one that the checkpoint names")
+    convert.add_argument("--sharer", action="append", metavar="MODEL", help="likewise; once per sharer")
+    convert.add_argument("--fusion-mode", choices=("parallel", "sequential"), default="parallel")
+    convert.set_defaults(run=_convert)
+
+    analyze = commands.add_parser("analyze", help="report how two tokenizers align on a text")
+    analyze.add_argument("receiver", metavar="RECEIVER", help="Hub id or folder")
+    analyze.add_argument("sharer", metavar="SHARER", help="Hub id or folder")
+    analyze.add_argument("text", type=Path, metavar="FILE", help="UTF-8 text, one sample a line")
+    analyze.add_argument("--token-alignment", choices=("identity", "first", "longest", "span"))
+    analyze.set_defaults(run=_analyze)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FUSER", help="Hub id or folder of a fuser")
+    parser.add_argument(
+        "--receiver", metavar="MODEL", help="Hub id or folder; with --model, in place of the recorded one"
+    )
+    parser.add_argument("--sharer", action="append", metavar="MODEL", help="likewise; once per sharer")
+    parser.add_argument("--token-alignment", choices=("identity", "first", "longest", "span"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="such as cuda or cuda:1 (default cpu)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    parser.add_argument("--alone", action="store_true", help="switch fusion off")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but got {number}")
+    return number
+
+
+def _load(parsed: argparse.Namespace) -> "tuple[C2CForCausalLM, C2CProcessor]":
+    from . import C2CForCausalLM, C2CProcessor
+
+    kwargs: dict[str, Any] = {"dtype": parsed.dtype}
+    if parsed.model is not None:
+        if parsed.token_alignment is not None:
+            raise ValueError(
+                "`--token-alignment` goes with `--receiver` and `--sharer`: a saved fuser records its own."
+            )
+        model = C2CForCausalLM.from_pretrained(parsed.model, receiver=parsed.receiver, sharers=parsed.sharer, **kwargs)
+        processor = C2CProcessor.from_pretrained(parsed.model)
+    elif parsed.receiver is None or parsed.sharer is None:
+        raise ValueError("give `--model`, or both `--receiver` and `--sharer`.")
+    else:
+        model = C2CForCausalLM.from_receiver_and_sharers(
+            parsed.receiver,
+            parsed.sharer,
+            receiver_kwargs=kwargs,
+            sharer_kwargs=kwargs,
+            token_alignment=parsed.token_alignment,
+        )
+        processor = C2CProcessor.from_receiver_and_sharers(parsed.receiver, parsed.sharer, parsed.token_alignment)
+        print("The fuser is untrained and closed: the answers are the receiver's own.", file=sys.stderr)
+    model.to(parsed.device)
+    model.fusion_enabled = not parsed.alone
+    return model, processor
+
+
+def _demo(parsed: argparse.Namespace) -> None:
+    import textwrap
+
+    import torch
+
+    from . import C2CForCausalLM, C2CProcessor
+    from .compare import answer_side_by_side
+    from .demo import local_pair, questions, shipped_fuser
+
+    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    print("Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)")
+    receiver, sharer = local_pair()
+    # In float32 a prompt read in two chunks gives the receiver's own answer, word for word.
+    precision: dict[str, Any] = {"dtype": "float32"}
+    try:
+        folder = shipped_fuser("general")
+    except FileNotFoundError:
+        model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, precision, precision)
+        processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer)
+        print("The fuser is untrained and closed, so C2C equals the receiver alone.")
+    else:
+        model = C2CForCausalLM.from_pretrained(folder, receiver=receiver, sharers=sharer, **precision)
+        processor = C2CProcessor.from_pretrained(folder)
+        print("The fuser is the trained one that comes with this package.")
+    for item in questions()[: parsed.questions]:
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDE", item["choices"], strict=False))
+        question = f"{item['question']}\n{choices}\nAnswer:"
+        print(f"\n{item['question']} ({item['source']}; right: {item['choices'][item['answer']]})")
+        for name, answer in answer_side_by_side(model, processor, question, parsed.max_new_tokens).items():
+            text = textwrap.shorten(answer.text.replace("\n", " "), 110, placeholder=" ...")
+            print(f"  {name:<15} {answer.seconds:5.2f} s  {text}")
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    model, processor = _load(parsed)
+    plain = parsed.plain or processor.tokenizer.chat_template is None
+    for prompt in parsed.prompts:
+        if plain:
+            inputs = processor(prompt, sharer_context=parsed.context, return_tensors="pt")
+        else:
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                sharer_context=parsed.context,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        inputs = inputs.to(model.device)
+        out = model.generate(**inputs, max_new_tokens=parsed.max_new_tokens)
+        print(processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _chat(parsed: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    model, processor = _load(parsed)
+    if processor.tokenizer.chat_template is None:
+        raise ValueError("the receiver has no chat template; use `c2c generate --plain`.")
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        inputs: Any = processor.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        inputs = inputs.to(model.device)
+        out = model.generate(**inputs, max_new_tokens=parsed.max_new_tokens, streamer=streamer)
+        answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _convert(parsed: argparse.Namespace) -> None:
+    from . import C2CProcessor, convert_reference_checkpoint
+
+    model = convert_reference_checkpoint(
+        parsed.checkpoints, parsed.receiver, parsed.sharer, fusion_mode=parsed.fusion_mode
+    )
+    model.save_pretrained(parsed.output)
+    weights = sum(parameter.numel() for parameter in model.fuser.parameters())
+    print(f"Saved a fuser of {weights:,} weights to {parsed.output}.")
+    config = model.config
+    try:
+        processor = C2CProcessor.from_receiver_and_sharers(
+            config.receiver_name_or_path, config.sharer_names_or_paths, config.token_alignment
+        )
+    except (OSError, ValueError) as error:
+        print(f"No processor saved, because the tokenizers could not be loaded: {error}", file=sys.stderr)
+        return
+    processor.save_pretrained(parsed.output)
+
+
+def _analyze(parsed: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from . import C2CProcessor
+
+    processor = C2CProcessor.from_receiver_and_sharers(parsed.receiver, parsed.sharer, parsed.token_alignment)
+    texts = [line for line in parsed.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"`{parsed.text}` holds no text.")
+    print(
+        json.dumps(
+            {"token_alignment": processor.token_alignments[0], **asdict(processor.alignment_report(texts))}, indent=2
+        )
+    )

@@ -1,0 +1,337 @@
+"""`C2CProcessor`: batches, chats, BOS, context, truncation, saving."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers_for_tests import CHAT_TEMPLATE, TURN_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from c2c_hf.processing_c2c import C2CProcessor
+
+TEXTS = ["hello ships", "The keeper counted 北京 🎉 ships\n\tbefore breakfast", "x"]
+CHAT = [
+    {"role": "system", "content": "assistant"},
+    {"role": "user", "content": " What is the capital of France? "},
+    {"role": "assistant", "content": "Paris 北京"},
+    {"role": "user", "content": "user"},
+]
+NAMES = ["input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment"]
+
+
+def sharer(**kwargs: object) -> PreTrainedTokenizerBase:
+    return metaspace_tokenizer(**kwargs)
+
+
+def processor(token_alignment: str | None = None, **kwargs: object) -> C2CProcessor:
+    return C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), sharer(**kwargs), token_alignment)
+
+
+def read_texts(p: C2CProcessor, batch: dict, row: int = 0) -> list[tuple[str, str]]:
+    """Text of each receiver token and of the sharer token it reads, by id."""
+    pairs = []
+    for i, position in enumerate(batch["sharer_alignment"][row].tolist()):
+        if position >= 0:
+            assert batch["attention_mask"][row, i] == 1
+            assert batch["sharer_attention_mask"][row, position] == 1
+            theirs = int(batch["sharer_input_ids"][row, position])
+            ours = int(batch["input_ids"][row, i])
+            pairs.append((p.tokenizer.decode([ours]), p.sharer_tokenizers[0].decode([theirs])))
+    return pairs
+
+
+@pytest.mark.parametrize("alignment", ["span", "first", "longest"])
+def test_each_row_equals_the_row_alone(alignment: str) -> None:
+    p = processor(alignment)
+    batch = p(TEXTS)
+    assert list(batch) == NAMES
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    for row, text in enumerate(TEXTS):
+        alone = p(text)
+        ours, theirs = batch["attention_mask"][row].bool(), batch["sharer_attention_mask"][row].bool()
+        assert torch.equal(batch["input_ids"][row][ours], alone["input_ids"][0])
+        assert ours.tolist() == sorted(ours.tolist())
+        own = alone["sharer_attention_mask"][0].bool()
+        assert torch.equal(batch["sharer_input_ids"][row][theirs], alone["sharer_input_ids"][0][own])
+        shift = batch["sharer_input_ids"].shape[1] - alone["sharer_input_ids"].shape[1]
+        expected = alone["sharer_alignment"][0]
+        assert torch.equal(batch["sharer_alignment"][row][ours], torch.where(expected < 0, -1, expected + shift))
+        assert (batch["sharer_alignment"][row][~ours] == -1).all()
+        assert batch["sharer_alignment"][row, -1] == -1
+
+
+@pytest.mark.parametrize("alignment", ["span", "first", "longest"])
+def test_bos_stands_once_and_in_front(alignment: str) -> None:
+    p = processor(alignment)
+    bos = p.sharer_tokenizers[0].bos_token_id
+    for batch in (p(TEXTS), p.apply_chat_template([CHAT, CHAT[3:]])):
+        for ids, mask in zip(batch["sharer_input_ids"], batch["sharer_attention_mask"], strict=True):
+            kept = ids[mask.bool()].tolist()
+            assert kept[0] == bos and kept.count(bos) == 1
+    off = p(TEXTS, add_sharer_bos=False)
+    assert not ((off["sharer_input_ids"] == bos) & off["sharer_attention_mask"].bool()).any()
+
+
+def test_templates_and_texts_that_write_bos_get_one() -> None:
+    p = processor("span", chat_template=TURN_TEMPLATE)
+    bos = p.sharer_tokenizers[0].bos_token_id
+    assert (p.apply_chat_template(CHAT)["sharer_input_ids"] == bos).sum() == 1
+    # A template without BOS, for a tokenizer that always writes one.
+    assert (p.apply_chat_template(CHAT, sharer_chat_template=CHAT_TEMPLATE)["sharer_input_ids"] == bos).sum() == 1
+    assert (p("<bos>hello")["sharer_input_ids"] == bos).sum() == 1
+
+
+def test_span_reads_the_same_text() -> None:
+    p = processor("span")
+    pairs = read_texts(p, p("The keeper counted the ships before breakfast"))
+    assert (" keeper", " keeper") in pairs and (" the", " the") in pairs
+    assert "sharer_alignment" in p("x") and read_texts(p, p("x")) == []
+
+
+def test_identity_is_the_default_for_one_vocabulary() -> None:
+    p = C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), byte_level_tokenizer())
+    assert p.token_alignments == ["identity"]
+    assert processor().token_alignments == ["span"]
+    for batch in (p(TEXTS), p.apply_chat_template([CHAT, CHAT[1:]])):
+        assert torch.equal(batch["input_ids"], batch["sharer_input_ids"])
+        expected = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        expected = torch.where(batch["attention_mask"].bool(), expected, -1)
+        expected[:, -1] = -1
+        assert torch.equal(batch["sharer_alignment"], expected)
+
+
+@pytest.mark.parametrize("template", [None, TURN_TEMPLATE, CHAT_TEMPLATE])
+def test_chat_reads_contents_and_never_the_template(template: str | None) -> None:
+    p = processor("span", chat_template=template)
+    batch = p.apply_chat_template(CHAT)
+    ids = batch["input_ids"][0].tolist()
+    assert ids == p.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    rendered = p.apply_chat_template(CHAT, tokenize=False)
+    offsets = p.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    shown = [m["content"] if template == CHAT_TEMPLATE else m["content"].strip() for m in CHAT]
+    if template is None:
+        shown[1] = CHAT[1]["content"]
+    expected, position = set(), 0
+    for message, content in zip(CHAT, shown, strict=True):
+        position = rendered.index(f"<|im_start|>{message['role']}\n", position) + len(message["role"]) + 13
+        start = position + message["content"].index(content)
+        expected.update(range(start, start + len(content)))
+    for (start, end), read in zip(offsets, batch["sharer_alignment"][0].tolist(), strict=True):
+        assert (read >= 0) == (end > start and end - 1 in expected)
+    # The last user message "user" reads the sharer's last content, not a role's name.
+    last = batch["sharer_alignment"].max()
+    tail = p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0, last:])
+    assert p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0, : last + 1]).endswith("user")
+    assert "<turn>user" not in tail and "im_start|>user" not in tail
+
+
+def test_context_is_for_the_sharer_alone() -> None:
+    p = processor("span")
+    plain, batch = p(TEXTS), p(TEXTS, sharer_context=["naïve café", "", "def fib(n):"])
+    assert torch.equal(plain["input_ids"], batch["input_ids"])
+    assert torch.equal(plain["sharer_alignment"] >= 0, batch["sharer_alignment"] >= 0)
+    seen = p.sharer_tokenizers[0].batch_decode(batch["sharer_input_ids"], skip_special_tokens=True)
+    assert seen == ["naïve café\n\n" + TEXTS[0], TEXTS[1], "def fib(n):\n\nx"]
+    assert read_texts(p, plain, 1) == read_texts(p, batch, 1)
+
+
+@pytest.mark.parametrize("template", [None, TURN_TEMPLATE])
+def test_context_stands_before_the_first_user_message(template: str | None) -> None:
+    p = processor("span", chat_template=template)
+    plain, batch = p.apply_chat_template(CHAT), p.apply_chat_template(CHAT, sharer_context="The user asked")
+    seen = p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0])
+    if template is None:
+        assert seen.startswith("<bos>The user asked\n\nassistant\n")
+    else:
+        assert "user\nThe user asked\n\n What is the capital" in seen
+    start = p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0, : int(batch["sharer_alignment"].max()) + 1])
+    assert start.endswith("user")
+    assert [pair[1] for pair in read_texts(p, plain)][-1] == [pair[1] for pair in read_texts(p, batch)][-1]
+
+
+def test_content_parts_and_continued_answers() -> None:
+    p = processor("span", chat_template=TURN_TEMPLATE)
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+    for name, value in p.apply_chat_template(CHAT).items():
+        assert torch.equal(value, p.apply_chat_template(parts)[name])
+    messages = [*CHAT, {"role": "assistant", "content": "The user said"}]
+    batch = p.apply_chat_template(messages, continue_final_message=True)
+    assert p.decode(batch["input_ids"][0]).endswith("assistant\nThe user said")
+    assert p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0]).endswith("The user said")
+    assert batch["sharer_alignment"][0, -1] == -1 and batch["sharer_alignment"][0, -2] >= 0
+    with pytest.raises(ValueError, match="`content` of a message must be text"):
+        p.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_template_variables_reach_both_templates() -> None:
+    template = "{{ bos_token }}{{ mode }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    p = processor("span", chat_template=template)
+    batch = p.apply_chat_template(CHAT, mode="hello", chat_template=template.replace("{{ bos_token }}", ""))
+    assert p.decode(batch["input_ids"][0]).startswith("helloassistant")
+    assert p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0]).startswith("<bos>helloassistant")
+    with pytest.raises(ValueError, match="chat template of sharer 0 refuses this conversation .*no system"):
+        p.apply_chat_template(CHAT, sharer_chat_template="{{ raise_exception('no system') }}")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_truncation_keeps_the_alignment_right(side: str) -> None:
+    p = processor("span")
+    p.tokenizer.truncation_side = side
+    text = "The keeper counted the ships before breakfast and the keeper said hello"
+    full, batch = p(text), p(text, truncation=True, max_length=6)
+    assert batch["input_ids"].shape == (1, 6) and batch["sharer_input_ids"].shape == (1, 6)
+    assert batch["sharer_input_ids"][0, 0] == p.sharer_tokenizers[0].bos_token_id
+    pairs = read_texts(p, batch)
+    assert pairs and set(pairs) <= set(read_texts(p, full))
+    assert pairs[0] == ("The", "e") or side == "left" or pairs[0] in read_texts(p, full)[:1]
+    assert p.sharer_tokenizers[0].truncation_side == "right"
+    chat = p.apply_chat_template(CHAT, truncation=True, max_length=8)
+    assert chat["input_ids"].shape[1] == 8 and chat["sharer_input_ids"].shape[1] <= 8
+    table = processor("first")(text, truncation=True, max_length=6)
+    assert table["input_ids"].shape == (1, 6) and table["sharer_input_ids"].shape == (1, 7)
+
+
+def test_padding_and_return_types() -> None:
+    p = processor("span")
+    assert p("x", padding="max_length", max_length=9)["input_ids"].shape == (1, 9)
+    lists = p("hello", return_tensors=None)
+    assert [type(value[0]) for value in lists.values()] == [int] * 5
+    assert lists["input_ids"] == p("hello")["input_ids"][0].tolist()
+    with pytest.raises(ValueError, match="`padding=False` with rows of"):
+        p(TEXTS, padding=False)
+    with pytest.raises(ValueError, match="`return_tensors` must be 'pt' or None, got 'tf'"):
+        p("x", return_tensors="tf")
+    assert p.apply_chat_template(CHAT, return_dict=False).dtype == torch.int64
+    assert p.batch_decode(p(TEXTS)["input_ids"], skip_special_tokens=True) == TEXTS
+    receiver = byte_level_tokenizer()
+    receiver.pad_token = None
+    padded = C2CProcessor(receiver, [sharer()])(TEXTS)
+    assert padded["input_ids"][0, 0] == receiver.eos_token_id
+    assert receiver.pad_token is None
+
+
+def test_several_sharers() -> None:
+    sharers = [sharer(), byte_level_tokenizer(), sharer(prefix_space=True)]
+    p = C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), sharers, ["span", "identity", "first"])
+    assert [table is None for table in p.token_tables] == [True, True, False]
+    assert p.token_tables is p.token_tables
+    for batch in (p(TEXTS), p.apply_chat_template(CHAT)):
+        assert list(batch) == NAMES
+        assert all(len(batch[name]) == 3 for name in NAMES[2:])
+        one = C2CProcessor(p.tokenizer, sharers[2], "first")
+        alone = one(TEXTS) if len(batch["input_ids"]) > 1 else one.apply_chat_template(CHAT)
+        for name in NAMES[2:]:
+            assert torch.equal(batch[name][2], alone[name])
+        moved = batch.to("meta")
+        assert all(tensor.device.type == "meta" for name in NAMES[2:] for tensor in moved[name])
+    assert C2CProcessor(p.tokenizer, sharers).token_alignments == ["span", "identity", "span"]
+    with pytest.raises(ValueError, match="names 2 alignments for 3 sharers"):
+        C2CProcessor(p.tokenizer, sharers, ["span", "span"])
+
+
+class _Config(PreTrainedConfig):
+    model_type = "c2c_processor_test"
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    sharers = [sharer(chat_template=TURN_TEMPLATE), sharer(prefix_space=True)]
+    p = C2CProcessor(byte_level_tokenizer(), sharers, ["span", "longest"], add_sharer_bos=False)
+    p.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["num_sharers"] == 2
+    assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == p.tokenizer(TEXTS)["input_ids"]
+    # A model's config in the same folder, as `C2CForCausalLM.save_pretrained` leaves it.
+    _Config().save_pretrained(tmp_path)
+    AutoProcessor.register(_Config, C2CProcessor, exist_ok=True)
+    loaded = [C2CProcessor.from_pretrained(str(tmp_path)), AutoProcessor.from_pretrained(tmp_path)]
+    for again in loaded:
+        assert type(again) is C2CProcessor
+        assert again.to_dict() == p.to_dict()
+        chats = p.apply_chat_template(CHAT), again.apply_chat_template(CHAT)
+        for before, after in ((p(TEXTS), again(TEXTS)), chats):
+            for name in NAMES[:2]:
+                assert torch.equal(before[name], after[name])
+            for name in NAMES[2:]:
+                assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
+    other = C2CProcessor.from_pretrained(tmp_path, token_alignment="first", local_files_only=True)
+    assert other.token_alignments == ["first", "first"]
+    by_name = C2CProcessor.from_receiver_and_sharers(
+        tmp_path, [tmp_path / "sharer_0"], receiver_kwargs={"device_map": "cpu"}, sharer_kwargs={"use_fast": True}
+    )
+    assert by_name.token_alignments == ["span"]
+    assert "C2CProcessor" in repr(by_name)
+
+
+def test_a_folder_inside_a_folder(tmp_path: Path) -> None:
+    processor("span").save_pretrained(tmp_path / "inner")
+    again = C2CProcessor.from_pretrained(tmp_path, subfolder="inner")
+    assert torch.equal(again("hello")["sharer_input_ids"], processor("span")("hello")["sharer_input_ids"])
+
+
+def test_loading_something_else(tmp_path: Path) -> None:
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no complete C2CProcessor"):
+        C2CProcessor.from_pretrained(tmp_path)
+    processor("span").save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="unknown arguments: 'alignment'"):
+        C2CProcessor.from_pretrained(tmp_path, alignment="span")
+    (tmp_path / "sharer_0").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="lacks the sharer's tokenizer folder `sharer_0`"):
+        C2CProcessor.from_pretrained(tmp_path)
+
+
+def test_empty_inputs() -> None:
+    p = processor("span")
+    with pytest.raises(ValueError, match="Text 1 gives the receiver no token"):
+        p(["x", ""])
+    with pytest.raises(ValueError, match="nothing to process"):
+        p([])
+    with pytest.raises(ValueError, match="`conversation` is empty"):
+        p.apply_chat_template([])
+    # A receiver that writes BOS has one token, which predicts the answer and never fuses.
+    reverse = C2CProcessor(sharer(), byte_level_tokenizer())
+    batch = reverse(["", "hello ships"])
+    assert batch["attention_mask"][0].sum() == 1 and batch["sharer_attention_mask"][0].sum() == 0
+    assert (batch["sharer_alignment"][0] == -1).all() and (batch["sharer_alignment"][1] >= 0).any()
+    assert reverse("")["sharer_input_ids"].shape == (1, 1)
+    for alignment in ("first", "longest"):
+        assert (C2CProcessor(sharer(), byte_level_tokenizer(), alignment)("")["sharer_alignment"] == -1).all()
+
+
+def test_errors_name_the_argument() -> None:
+    receiver = byte_level_tokenizer()
+    with pytest.raises(ValueError, match="`token_alignment='identity'` needs one vocabulary.*use 'span'"):
+        C2CProcessor(receiver, sharer(), "identity")
+    with pytest.raises(ValueError, match="must be one of 'identity', 'first', 'longest', 'span', got 'near'"):
+        C2CProcessor(receiver, sharer(), "near")
+    with pytest.raises(ValueError, match="`sharer_tokenizers` is empty"):
+        C2CProcessor(receiver, [])
+    with pytest.raises(TypeError, match="`sharer_tokenizers` must hold tokenizers, got str"):
+        C2CProcessor(receiver, ["gpt2"])
+    with pytest.raises(ValueError, match="`sharer_context` needs `token_alignment='span'`, got"):
+        processor("first")("x", sharer_context="y")
+    with pytest.raises(ValueError, match="`sharer_context` has 1 entries for 2"):
+        processor("span")(["x", "y"], sharer_context=["z"])
+    with pytest.raises(ValueError, match="`sharer_kwargs` has 2 entries for 1 sharers"):
+        C2CProcessor.from_receiver_and_sharers(receiver, sharer(), sharer_kwargs=[{}, {}])
+    with pytest.raises(ValueError, match="`text` must be a string or a list"):
+        processor("span")([1])
+
+
+def test_a_slow_tokenizer_has_no_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = sharer()
+    monkeypatch.setattr(type(slow), "is_fast", property(lambda self: self is not slow))
+    with pytest.raises(ValueError, match="follows character offsets, which the slow tokenizer"):
+        C2CProcessor(byte_level_tokenizer(), slow, "span")
+
+
+@pytest.mark.real_pair
+def test_real_pair(real_pair: tuple[str, str]) -> None:
+    p = C2CProcessor.from_receiver_and_sharers(*real_pair)
+    assert p.token_alignments == ["span"]
+    text = "北京的秋天很短 👩‍🚀 isn't it?\n\tdef f(x): return 1"
+    for batch in (p(text), p.apply_chat_template([{"role": "user", "content": text}])):
+        assert batch["sharer_input_ids"][0, 0] == 2
+        assert (batch["sharer_input_ids"] == 2).sum() == 1
+        assert p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0, 1:]) == text
+    assert (p(text)["sharer_alignment"][0, :-1] > 0).all()
