@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from ._compat import CACHE_ARGUMENT, accepts_argument
 from .cache import C2CCache
@@ -49,6 +50,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
         ```
     """
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

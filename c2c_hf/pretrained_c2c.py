@@ -82,7 +82,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         self.fuser.to(device=input_device(receiver))
         for index, alignment in enumerate(config.token_alignments):
             size = receiver.get_input_embeddings().weight.shape[0]
-            table = torch.full((size,), -1, dtype=torch.int32) if alignment in ("first", "longest") else None
+            table = torch.full((size,), -1) if alignment in ("first", "longest") else None
             self.register_buffer(f"token_table_{index}", table)
         self.fusion_enabled = True
         self.generation_config = receiver.generation_config

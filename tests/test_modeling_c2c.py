@@ -313,6 +313,17 @@ def test_bad_inputs() -> None:
         span.generate(input_ids=ids)
 
 
+def test_tuples_and_hidden_states() -> None:
+    model = tiny_c2c()
+    ids = random_ids(1, 8)
+    outputs = model(input_ids=ids, output_hidden_states=True)
+    assert outputs.hidden_states[0].shape == (1, 1, 32), "those of the tail, which is the last prompt token"
+    logits, cache = model(input_ids=ids, return_dict=False)
+    assert torch.equal(logits, outputs.logits)
+    assert cache.get_seq_length() == 8
+    assert CACHE_ARGUMENT not in model(input_ids=ids, use_cache=False)
+
+
 def test_embeddings_in_place_of_ids() -> None:
     model = tiny_c2c()
     ids = random_ids(1, 8)

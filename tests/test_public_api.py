@@ -1,0 +1,91 @@
+"""What the package promises as a whole: its names, who imports whom, and that importing changes nothing else."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import c2c_hf
+
+PACKAGE = Path(c2c_hf.__file__).parent
+FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Our own modules that a file imports: at its top, and inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    outer, inner = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            names = {node.module} if node.module else {alias.name for alias in node.names}
+            (outer if id(node) in top else inner).update(names)
+    return outer, inner
+
+
+def test_imports_go_down() -> None:
+    graph = {}
+    for name, path in FILES.items():
+        if name == "__init__":
+            continue
+        outer, inner = imports(path)
+        assert "__init__" not in outer
+        if name != "cli":
+            assert not inner, f"{name} hides imports inside functions"
+        graph[name] = outer & FILES.keys()
+    order = list(TopologicalSorter(graph).static_order())
+    assert order.index("alignment") < order.index("processing_c2c") < order.index("compare")
+    assert order.index("fuser") < order.index("fusion") < order.index("modeling_c2c") < order.index("conversion")
+    assert graph["alignment"] == graph["configuration_c2c"] == graph["_compat"] == set()
+
+
+@pytest.mark.parametrize("name", [name for name in c2c_hf.__all__ if name != "__version__"])
+def test_public_names_are_documented(name: str) -> None:
+    documented = getattr(c2c_hf, name)
+    assert inspect.getdoc(documented)
+    if inspect.isclass(documented):
+        for method_name, method in vars(documented).items():
+            if not method_name.startswith("_") and inspect.isfunction(method):
+                assert inspect.getdoc(method), f"{name}.{method_name}"
+
+
+def test_one_file_names_transformers_versions() -> None:
+    for name, path in FILES.items():
+        if name in ("_compat", "modeling_c2c"):
+            # The model's docstring tells users the older name of an argument.
+            continue
+        code = ast.unparse(ast.parse(path.read_text(encoding="utf-8")))
+        assert not re.search(r"transformers.{0,20}\b5\.\d+", code), name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_short(name: str) -> None:
+    lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= 400, f"{name} has {lines} lines: it is two ideas"
+
+
+def test_importing_registers_and_patches_nothing() -> None:
+    code = (
+        "import transformers\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, DynamicCache, GenerationMixin\n"
+        "from transformers import LlamaForCausalLM, PreTrainedModel\n"
+        "classes = (DynamicCache, GenerationMixin, LlamaForCausalLM, PreTrainedModel)\n"
+        "before = [dict(vars(c)) for c in classes]\n"
+        "import c2c_hf\n"
+        "assert before == [dict(vars(c)) for c in classes]\n"
+        "assert type(AutoConfig.for_model('c2c')) is c2c_hf.C2CConfig\n"
+        "assert AutoModelForCausalLM._model_mapping[c2c_hf.C2CConfig] is c2c_hf.C2CForCausalLM\n"
+        "print('clean')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "clean", done.stderr[-2000:]
+
+
+def test_version_is_that_of_the_metadata() -> None:
+    setup = (PACKAGE.parent / "setup.cfg").read_text(encoding="utf-8")
+    assert f"version = {c2c_hf.__version__}\n" in setup
