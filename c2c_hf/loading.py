@@ -147,7 +147,7 @@ def resolve_alignments(
     resolved = []
     for index, alignment in enumerate(wished, start=1):
         if tokenizers[0] is not None and tokenizers[index] is not None:
-            # A receiver's added token is harmless to a sharer that lacks it, as long as there is an embedding for its id.
+            # A receiver's added token is harmless to a sharer that lacks it, if there is an embedding for its id.
             same = same_vocabulary(tokenizers[0], tokenizers[index]) and len(tokenizers[0]) <= sizes[index]
         else:
             same = sizes[0] == sizes[index]

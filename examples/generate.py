@@ -1,8 +1,8 @@
 """Ask a pair of models a question: the receiver alone, the sharer alone, and both through their caches.
 
-    python examples/generate.py                                       # the pair that installs from PyPI
-    python examples/generate.py --receiver Qwen/Qwen3-0.6B --sharer Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16
-    python examples/generate.py --fuser me/my-fuser                   # a trained one, its base models by name
+python examples/generate.py                                       # the pair that installs from PyPI
+python examples/generate.py --receiver Qwen/Qwen3-0.6B --sharer Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16
+python examples/generate.py --fuser me/my-fuser                   # a trained one, its base models by name
 """
 
 import argparse
@@ -30,7 +30,9 @@ def main() -> None:
     else:
         pair = (arguments.receiver, arguments.sharer)
         receiver, sharer = pair if all(pair) else local_pair()
-        model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, receiver_kwargs=kwargs, sharer_kwargs=kwargs)
+        model = C2CForCausalLM.from_receiver_and_sharers(
+            receiver, sharer, receiver_kwargs=kwargs, sharer_kwargs=kwargs
+        )
         processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer)
         print("The fuser is untrained and closed, so C2C equals the receiver alone.")
 

@@ -1,31 +1,11 @@
-"""`C2CProcessor`: batches, chats, BOS, context, truncation, saving."""
-
-import json
-from pathlib import Path
+"""`C2CProcessor`: batches, chats, BOS, context, truncation, padding."""
 
 import pytest
 import torch
-from tokenizers_for_tests import CHAT_TEMPLATE, TURN_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from processor_for_tests import CHAT, NAMES, TEXTS, processor, sharer
+from tokenizers_for_tests import CHAT_TEMPLATE, TURN_TEMPLATE, byte_level_tokenizer
 
-from c2c_hf.processing_c2c import C2CProcessor
-
-TEXTS = ["hello ships", "The keeper counted 北京 🎉 ships\n\tbefore breakfast", "x"]
-CHAT = [
-    {"role": "system", "content": "assistant"},
-    {"role": "user", "content": " What is the capital of France? "},
-    {"role": "assistant", "content": "Paris 北京"},
-    {"role": "user", "content": "user"},
-]
-NAMES = ["input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment"]
-
-
-def sharer(**kwargs: object) -> PreTrainedTokenizerBase:
-    return metaspace_tokenizer(**kwargs)
-
-
-def processor(token_alignment: str | None = None, **kwargs: object) -> C2CProcessor:
-    return C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), sharer(**kwargs), token_alignment)
+from c2c_hf import C2CProcessor
 
 
 def read_texts(p: C2CProcessor, batch: dict, row: int = 0) -> list[tuple[str, str]]:
@@ -211,6 +191,33 @@ def test_padding_and_return_types() -> None:
     assert receiver.pad_token is None
 
 
+@pytest.mark.parametrize("alignment", ["span", "first"])
+def test_widths_rounded_up_to_a_multiple(alignment: str) -> None:
+    p = processor(alignment, chat_template=TURN_TEMPLATE)
+    pairs = [
+        (p(TEXTS), p(TEXTS, pad_to_multiple_of=16)),
+        (p(TEXTS[:1]), p(TEXTS[:1], padding="max_length", max_length=20, pad_to_multiple_of=16)),
+        (p.apply_chat_template([CHAT, CHAT[3:]]), p.apply_chat_template([CHAT, CHAT[3:]], pad_to_multiple_of=16)),
+    ]
+    for plain, wide in pairs:
+        assert all(value.shape[1] % 16 == 0 for value in wide.values())
+        for side in ("", "sharer_"):
+            before, after = plain[f"{side}attention_mask"].bool(), wide[f"{side}attention_mask"].bool()
+            assert torch.equal(plain[f"{side}input_ids"][before], wide[f"{side}input_ids"][after])
+            assert torch.equal(before, after[:, -before.shape[1] :]) and before.sum() == after.sum()
+        shift = wide["sharer_input_ids"].shape[1] - plain["sharer_input_ids"].shape[1]
+        expected = plain["sharer_alignment"]
+        expected = torch.where(expected < 0, -1, expected + shift)
+        assert torch.equal(wide["sharer_alignment"][:, -expected.shape[1] :], expected)
+        assert (wide["sharer_alignment"][:, : -expected.shape[1]] == -1).all()
+    assert pairs[1][1]["input_ids"].shape == (1, 32)
+    # Without padding there is nothing to round.
+    for name, value in p("hello", padding=False, pad_to_multiple_of=16).items():
+        assert torch.equal(value, p("hello")[name])
+    with pytest.raises(ValueError, match="`pad_to_multiple_of` must be a positive integer or None, got 0"):
+        p("x", pad_to_multiple_of=0)
+
+
 def test_several_sharers() -> None:
     sharers = [sharer(), byte_level_tokenizer(), sharer(prefix_space=True)]
     p = C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), sharers, ["span", "identity", "first"])
@@ -228,56 +235,6 @@ def test_several_sharers() -> None:
     assert C2CProcessor(p.tokenizer, sharers).token_alignments == ["span", "identity", "span"]
     with pytest.raises(ValueError, match="names 2 alignments for 3 sharers"):
         C2CProcessor(p.tokenizer, sharers, ["span", "span"])
-
-
-class _Config(PreTrainedConfig):
-    model_type = "c2c_processor_test"
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    sharers = [sharer(chat_template=TURN_TEMPLATE), sharer(prefix_space=True)]
-    p = C2CProcessor(byte_level_tokenizer(), sharers, ["span", "longest"], add_sharer_bos=False)
-    p.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "processor_config.json").read_text())["num_sharers"] == 2
-    assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS)["input_ids"] == p.tokenizer(TEXTS)["input_ids"]
-    # A model's config in the same folder, as `C2CForCausalLM.save_pretrained` leaves it.
-    _Config().save_pretrained(tmp_path)
-    AutoProcessor.register(_Config, C2CProcessor, exist_ok=True)
-    loaded = [C2CProcessor.from_pretrained(str(tmp_path)), AutoProcessor.from_pretrained(tmp_path)]
-    for again in loaded:
-        assert type(again) is C2CProcessor
-        assert again.to_dict() == p.to_dict()
-        chats = p.apply_chat_template(CHAT), again.apply_chat_template(CHAT)
-        for before, after in ((p(TEXTS), again(TEXTS)), chats):
-            for name in NAMES[:2]:
-                assert torch.equal(before[name], after[name])
-            for name in NAMES[2:]:
-                assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
-    other = C2CProcessor.from_pretrained(tmp_path, token_alignment="first", local_files_only=True)
-    assert other.token_alignments == ["first", "first"]
-    by_name = C2CProcessor.from_receiver_and_sharers(
-        tmp_path, [tmp_path / "sharer_0"], receiver_kwargs={"device_map": "cpu"}, sharer_kwargs={"use_fast": True}
-    )
-    assert by_name.token_alignments == ["span"]
-    assert "C2CProcessor" in repr(by_name)
-
-
-def test_a_folder_inside_a_folder(tmp_path: Path) -> None:
-    processor("span").save_pretrained(tmp_path / "inner")
-    again = C2CProcessor.from_pretrained(tmp_path, subfolder="inner")
-    assert torch.equal(again("hello")["sharer_input_ids"], processor("span")("hello")["sharer_input_ids"])
-
-
-def test_loading_something_else(tmp_path: Path) -> None:
-    byte_level_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds no complete C2CProcessor"):
-        C2CProcessor.from_pretrained(tmp_path)
-    processor("span").save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="unknown arguments: 'alignment'"):
-        C2CProcessor.from_pretrained(tmp_path, alignment="span")
-    (tmp_path / "sharer_0").rename(tmp_path / "gone")
-    with pytest.raises(ValueError, match="lacks the sharer's tokenizer folder `sharer_0`"):
-        C2CProcessor.from_pretrained(tmp_path)
 
 
 def test_empty_inputs() -> None:
