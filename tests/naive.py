@@ -66,7 +66,8 @@ def naive_prefill(
     sharer_caches = []
     for sharer, own_ids in zip(model.sharers, sharer_ids, strict=True):
         sharer_caches.append(DynamicCache())
-        read(sharer, own_ids, sharer_caches[-1])
+        if len(own_ids):
+            read(sharer, own_ids, sharer_caches[-1])
 
     fused = DynamicCache()
     for layer_idx, layer in enumerate(clean.layers if end else []):
