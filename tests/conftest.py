@@ -1,6 +1,7 @@
 """Tiny models of several architectures, a naive fuser to compare with, and the real pair."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen3Config,
 )
 
@@ -94,10 +96,11 @@ def pair_id(pair: tuple[str, list[str]]) -> str:
     return f"{pair[0]}-from-{'-and-'.join(pair[1])}"
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(name: str, seed: int = 0, vocab_size: int = VOCAB) -> PreTrainedModel:
     """A random model with weights large enough that attention and answers depend on the text."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict(), "vocab_size": vocab_size})
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -105,10 +108,29 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def save_tiny_model(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> str:
+    """Save a tiny model with a tokenizer, as a base model stands on the Hub."""
+    tiny_model(name, seed, len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def randomize_fuser(model: C2CForCausalLM, seed: int) -> C2CForCausalLM:
+    """Weights that change the receiver's states strongly, with some gates shut."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.fuser.named_parameters():
+            if "gate_logit" in name:
+                parameter.copy_(torch.randn_like(parameter))
+            elif parameter.dim() > 2:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
 def tiny_c2c(
     receiver: str = "llama", sharers: list[str] | None = None, seed: int = 0, **config_fields
 ) -> C2CForCausalLM:
-    """A tiny pair whose fuser changes the receiver's states strongly, with some gates shut."""
+    """A tiny pair with an open fuser."""
     fields = {
         "token_alignment": "identity",
         "fuser_hidden_size": 20,
@@ -120,14 +142,7 @@ def tiny_c2c(
     model = C2CForCausalLM.from_receiver_and_sharers(
         tiny_model(receiver, seed), [tiny_model(name, seed + 1 + i) for i, name in enumerate(names)], **fields
     )
-    torch.manual_seed(seed + 100)
-    with torch.no_grad():
-        for name, parameter in model.fuser.named_parameters():
-            if "gate_logit" in name:
-                parameter.copy_(torch.randn_like(parameter))
-            elif parameter.dim() > 2:
-                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
-    return model.eval()
+    return randomize_fuser(model, seed + 100)
 
 
 def close_gates(model: C2CForCausalLM) -> C2CForCausalLM:

@@ -7,10 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import CONFIGS
+from conftest import save_tiny_model
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
-from transformers import AutoModelForCausalLM
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
 from c2c_hf.cli import main
@@ -22,12 +20,9 @@ PARITY = Path(__file__).parent / "data" / "parity"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     """A receiver, a sharer and a fuser between them, each with its tokenizer."""
     root = tmp_path_factory.mktemp("models")
-    for seed, (name, tokenizer) in enumerate((("llama", byte_level_tokenizer()), ("qwen3", metaspace_tokenizer()))):
-        config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict(), "vocab_size": len(tokenizer)})
-        torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    receiver, sharer, fuser = (str(root / name) for name in ("llama", "qwen3", "fuser"))
+    receiver = save_tiny_model(root / "receiver", "llama", byte_level_tokenizer())
+    sharer = save_tiny_model(root / "sharer", "qwen3", metaspace_tokenizer(), seed=1)
+    fuser = str(root / "fuser")
     C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, fuser_hidden_size=8).save_pretrained(fuser)
     C2CProcessor.from_receiver_and_sharers(receiver, sharer).save_pretrained(fuser)
     return receiver, sharer, fuser

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import randomize_fuser, tiny_model
 from naive import naive_greedy, naive_prefill
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
-from transformers import AutoModelForCausalLM
 
 from c2c_hf import C2CCache, C2CForCausalLM, C2CProcessor
 from c2c_hf._compat import CACHE_ARGUMENT
@@ -16,15 +15,10 @@ TEXTS = ["The sharer reads the text, the receiver answers.", "河流流入大海
 def pair(token_alignment: str | list[str]) -> tuple[C2CForCausalLM, C2CProcessor]:
     """A byte-level receiver, a metaspace sharer with BOS and a byte-level sharer of another vocabulary."""
     tokenizers = [byte_level_tokenizer(), metaspace_tokenizer(), byte_level_tokenizer(vocab_size=330)]
-    models = []
-    for seed, (name, tokenizer) in enumerate(zip(("llama", "gemma3", "qwen3"), tokenizers, strict=True)):
-        config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict(), "vocab_size": len(tokenizer)})
-        torch.manual_seed(seed)
-        models.append(AutoModelForCausalLM.from_config(config).eval())
-        with torch.no_grad():
-            for parameter in models[-1].parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 1.2 * parameter.shape[-1] ** -0.5)
+    models = [
+        tiny_model(name, seed, len(tokenizer))
+        for seed, (name, tokenizer) in enumerate(zip(("llama", "gemma3", "qwen3"), tokenizers, strict=True))
+    ]
     model = C2CForCausalLM.from_receiver_and_sharers(
         models[0], models[1:], token_alignment="span", fuser_hidden_size=16, fuser_intermediate_size=16
     )
@@ -35,14 +29,7 @@ def pair(token_alignment: str | list[str]) -> tuple[C2CForCausalLM, C2CProcessor
         for index, alignment in enumerate(config.token_alignments):
             if alignment != "span":
                 model.set_token_table(index, tokenizers[0], tokenizers[index + 1])
-    torch.manual_seed(9)
-    with torch.no_grad():
-        for name, parameter in model.fuser.named_parameters():
-            if "gate_logit" in name:
-                parameter.copy_(torch.randn_like(parameter))
-            elif parameter.dim() > 2:
-                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
-    return model, C2CProcessor(tokenizers[0], tokenizers[1:], token_alignment=token_alignment)
+    return randomize_fuser(model, 9), C2CProcessor(tokenizers[0], tokenizers[1:], token_alignment=token_alignment)
 
 
 def rows_alone(inputs, row: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:

@@ -5,10 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import CONFIGS
+from conftest import save_tiny_model
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
-from transformers import AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -16,12 +14,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     root = tmp_path_factory.mktemp("pair")
-    for seed, (name, tokenizer) in enumerate((("llama", byte_level_tokenizer()), ("gemma3", metaspace_tokenizer()))):
-        config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict(), "vocab_size": len(tokenizer)})
-        torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    return str(root / "llama"), str(root / "gemma3")
+    receiver = save_tiny_model(root / "receiver", "llama", byte_level_tokenizer())
+    return receiver, save_tiny_model(root / "sharer", "gemma3", metaspace_tokenizer(), seed=1)
 
 
 def test_generate(pair: tuple[str, str]) -> None:

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, close_gates, pad_rows, random_ids, tiny_c2c
+from conftest import close_gates, pad_rows, random_ids, randomize_fuser, tiny_c2c, tiny_model
 from tokenizers_for_tests import byte_level_tokenizer
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
@@ -259,19 +258,11 @@ def test_stop_strings_and_pipeline(capsys: pytest.CaptureFixture) -> None:
 
 
 def _pair_for(tokenizer) -> C2CForCausalLM:
-    models = []
-    for seed, name in enumerate(("llama", "qwen3")):
-        config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict(), "vocab_size": len(tokenizer)})
-        torch.manual_seed(seed)
-        models.append(AutoModelForCausalLM.from_config(config).eval())
+    models = [tiny_model(name, seed, len(tokenizer)) for seed, name in enumerate(("llama", "qwen3"))]
     model = C2CForCausalLM.from_receiver_and_sharers(
         *models, token_alignment="identity", fuser_hidden_size=16, fuser_intermediate_size=16
     )
-    with torch.no_grad():
-        for name, parameter in model.fuser.named_parameters():
-            if "gate_logit" in name:
-                parameter.fill_(1.0)
-    return model.eval()
+    return randomize_fuser(model, 2)
 
 
 def test_chunked_prefill_is_refused() -> None:
