@@ -7,12 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import C2CCache
+    from .collation import C2CDataCollator
     from .configuration_c2c import C2CConfig
     from .conversion import convert_reference_checkpoint
     from .modeling_c2c import C2CForCausalLM
     from .processing_c2c import C2CProcessor
+    from .training import C2CTrainer
+    from .training_arguments import C2CTrainingArguments
 
-__all__ = ["C2CCache", "C2CConfig", "C2CForCausalLM", "C2CProcessor", "__version__", "convert_reference_checkpoint"]
+__all__ = [
+    "C2CCache",
+    "C2CConfig",
+    "C2CDataCollator",
+    "C2CForCausalLM",
+    "C2CProcessor",
+    "C2CTrainer",
+    "C2CTrainingArguments",
+    "__version__",
+    "convert_reference_checkpoint",
+]
 
 __version__ = "0.1.0"
 
@@ -22,6 +35,12 @@ _MODULES = {
     "C2CForCausalLM": ".modeling_c2c",
     "C2CProcessor": ".processing_c2c",
     "convert_reference_checkpoint": ".conversion",
+}
+# Training brings the Trainer and the data sets' library, which those who only generate need not wait for.
+_TRAINING_MODULES = {
+    "C2CDataCollator": ".collation",
+    "C2CTrainer": ".training",
+    "C2CTrainingArguments": ".training_arguments",
 }
 
 
@@ -38,9 +57,12 @@ def _register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name in _TRAINING_MODULES:
+        globals()[name] = getattr(import_module(_TRAINING_MODULES[name], __name__), name)
+    elif name in _MODULES:
+        _register()
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _register()
     return globals()[name]
 
 

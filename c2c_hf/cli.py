@@ -62,6 +62,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(chat)
     chat.set_defaults(run=_chat)
 
+    train = commands.add_parser(
+        "train",
+        help="train a fuser as a YAML file says",
+        description="Train a fuser as a YAML file says. `c2c train CONFIG --help` lists all fields.",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as those in examples/recipes")
+    train.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="--FIELD VALUE",
+        help="any field, in place of the file's; --resume_from_checkpoint auto goes on where a killed run stopped",
+    )
+    train.set_defaults(run=_train)
+
     convert = commands.add_parser("convert", help="turn checkpoints of the reference into a fuser folder")
     convert.add_argument("checkpoints", nargs="+", metavar="FOLDER", help="one checkpoint folder per sharer")
     convert.add_argument("--output", required=True, metavar="FOLDER", help="where the fuser goes")
@@ -122,7 +136,10 @@ def _load(parsed: argparse.Namespace) -> "tuple[C2CForCausalLM, C2CProcessor]":
         )
         processor = C2CProcessor.from_receiver_and_sharers(parsed.receiver, parsed.sharer, parsed.token_alignment)
         print("The fuser is untrained and closed: the answers are the receiver's own.", file=sys.stderr)
-    model.to(parsed.device)
+    try:
+        model.to(parsed.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device {parsed.device}` cannot be used: {error}") from error
     model.fusion_enabled = not parsed.alone
     return model, processor
 
@@ -202,6 +219,26 @@ def _chat(parsed: argparse.Namespace) -> None:
         out = model.generate(**inputs, max_new_tokens=parsed.max_new_tokens, streamer=streamer)
         answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from transformers import set_seed
+
+    from .demo import local_pair
+    from .training import C2CTrainer
+    from .training_config import parse_training_config
+
+    model_arguments, data_arguments, arguments = parse_training_config(parsed.config, parsed.overrides)
+    # The fuser's first weights come before the trainer sets the seed.
+    set_seed(arguments.seed)
+    model, processor = model_arguments.load(local_pair() if model_arguments.demo_pair else None)
+    with arguments.main_process_first(desc="tokenizing"):
+        train_data, eval_data = data_arguments.load(processor, arguments.max_length, arguments.seed)
+    trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor)
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"Saved the fuser and its processor to {arguments.output_dir}.")
 
 
 def _convert(parsed: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """`C2CConfig`: which models share, which layers meet, how large the fuser is and which tokens read which."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -127,10 +128,9 @@ class C2CConfig(PreTrainedConfig):
             ("fusion_mode", FUSION_MODES),
         ):
             _check_choice(field, getattr(self, field), allowed)
-        alignments = [self.token_alignment] if isinstance(self.token_alignment, str) else self.token_alignment
+        alignments = self._per_sharer("token_alignment")
         for value in alignments:
             _check_choice("token_alignment", value, TOKEN_ALIGNMENTS)
-        self._per_sharer("token_alignment")
         if self.fuse_response and "span" in alignments:
             raise ValueError(
                 "`fuse_response=True` needs a `token_alignment` that goes token by token ('identity', 'first' or "
@@ -143,10 +143,27 @@ class C2CConfig(PreTrainedConfig):
         for value in self._per_sharer("fuser_dropout"):
             if not isinstance(value, float | int) or not 0.0 <= value < 1.0:
                 raise ValueError(f"`fuser_dropout` must be in [0, 1), but got {value!r}.")
+        for field in ("initial_gate_temperature", "final_gate_temperature"):
+            if not isinstance(getattr(self, field), float | int):
+                raise ValueError(f"`{field}` must be a number, but got {getattr(self, field)!r}.")
         if not 0.0 < self.final_gate_temperature <= self.initial_gate_temperature:
             raise ValueError(
                 "Gate temperatures must satisfy 0 < `final_gate_temperature` <= `initial_gate_temperature`, but got "
                 f"{self.final_gate_temperature!r} and {self.initial_gate_temperature!r}."
+            )
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse what is no field, which transformers would keep as an attribute that nobody reads.
+
+        Raises:
+            ValueError: Naming the unknown ones.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(
+                f"These are no fields of `C2CConfig`: {unknown}; see its documentation for those there are."
             )
 
     @property
@@ -194,6 +211,8 @@ class C2CConfig(PreTrainedConfig):
 def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
     if config is None or isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, dict):
+        raise ValueError(f"`receiver_config` and `sharer_configs` must hold configurations, but got {config!r}.")
     fields = dict(config)
     if not isinstance(fields.get("model_type"), str):
         raise ValueError("A nested base model configuration needs its `model_type`, but the dictionary has none.")

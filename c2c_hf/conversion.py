@@ -1,7 +1,6 @@
 """Read fusers in the layout that the reference implementation publishes."""
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def convert_reference_checkpoint(
     folders = [Path(folder) for folder in checkpoint_dirs]
     if not folders:
         raise ValueError("`checkpoint_dirs` must name at least one folder, but the list is empty.")
-    recipes = [_read_json(folder / "config.json").get("model", {}) for folder in folders]
+    recipes = [_section(folder / "config.json", "model") for folder in folders]
     if receiver is None:
         receiver = _named_model(folders[0], recipes[0], "base_model")
     if sharers is None:
@@ -81,6 +80,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _section(path: Path, key: str) -> dict[str, Any]:
+    """Read one object out of a JSON file."""
+    section = _read_json(path).get(key)
+    if not isinstance(section, dict):
+        raise ValueError(f"`checkpoint_dirs`: {path} must hold an object {key!r}, but holds {section!r} there.")
+    return section
+
+
 def _weights_folder(folder: Path) -> Path:
     return folder / "final" if (folder / "final").is_dir() else folder
 
@@ -105,7 +112,7 @@ def _fuser_sizes(folder: Path) -> FuserSizes:
         raise ValueError(
             f"`checkpoint_dirs`: {path} describes a {description.get('class')!r}, but only 'C2CProjector' can be read."
         )
-    arguments = description.get("init_args", {})
+    arguments = _section(path, "init_args")
     try:
         return FuserSizes(
             arguments["hidden_dim"], arguments["intermediate_dim"], arguments["num_layers"], arguments["dropout"]
@@ -142,13 +149,17 @@ def _load_projectors(fuser: Fuser, folder: Path, num_sharer_layers: int) -> None
         path = _weights_folder(folder) / f"projector_{index}.pt"
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # Damaged bytes make the unpickler fail in ways that have no common class below this one.
+        except Exception as error:
             raise ValueError(
                 f"`checkpoint_dirs`: {path} is missing, damaged or holds more than weights ({type(error).__name__})."
             ) from error
+        _check_tensors(weights, path)
         temperature = weights.pop("gate_temperature", None)
         if temperature is not None:
-            fuser.gate_temperature.copy_(temperature)
+            if temperature.numel() != 1:
+                raise ValueError(f"`checkpoint_dirs`: gate_temperature in {path} must be one number.")
+            fuser.gate_temperature.copy_(temperature.reshape(()))
         for kind, entry in (("key", layer_idx), ("value", fuser.num_layers + layer_idx)):
             group, row = fuser.locate(entry)
             targets = dict(group.named_parameters())
@@ -165,6 +176,14 @@ def _load_projectors(fuser: Fuser, folder: Path, num_sharer_layers: int) -> None
                 target[row].copy_(value)
         if weights:
             raise ValueError(f"`checkpoint_dirs`: {path} holds unknown weights: {sorted(weights)}.")
+
+
+def _check_tensors(weights: object, path: Path) -> None:
+    if not isinstance(weights, dict):
+        raise ValueError(f"`checkpoint_dirs`: {path} must hold weights by their names, but holds {type(weights)}.")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"`checkpoint_dirs`: {name} in {path} must be a tensor, but is {type(value)}.")
 
 
 def _their_name(kind: str, name: str) -> str:

@@ -13,6 +13,9 @@ from torch.func import functional_call
 
 from .configuration_c2c import C2CConfig, FuserSizes, LayerShape, layer_mapping
 
+#: What [`Gate.sample_noise`] may draw.
+GATE_NOISES = ("gumbel", "logistic", "none")
+
 
 class StackedLinear(nn.Module):
     """One linear layer per entry, `(num_entries, num_tokens, in)` to `(num_entries, num_tokens, out)`."""
@@ -115,15 +118,27 @@ class Gate(nn.Module):
 
     def __init__(self, num_entries: int) -> None:
         super().__init__()
+        #: One of `GATE_NOISES`; the trainer sets it.
+        self.gate_noise = "gumbel"
         # Zero is shut: a new fuser changes nothing.
         self.gate_logit = nn.Parameter(torch.zeros(num_entries))
-        self._open: tuple[tuple[int, int], list[int]] | None = None
+        self._open: tuple[object, list[int]] | None = None
 
     def sample_noise(self, shape: Sequence[int]) -> torch.Tensor:
-        """Draw the Gumbel noise of training, `-log(-log u)`, one draw per entry, token and head."""
+        """Draw the noise of training, one draw per entry, token and head.
+
+        `"gumbel"` is `-log(-log u)`, as in arXiv 2510.03215: with it a gate at logit 0, which is shut afterwards, is
+        open in 63 % of the draws. `"logistic"` is the difference of two such draws, `log u - log(1 - u)`: open in half
+        of them. `"none"` draws nothing.
+        """
+        if self.gate_noise == "none":
+            return torch.zeros(shape, device=self.gate_logit.device)
         uniform = torch.rand(shape, device=self.gate_logit.device, dtype=torch.float32)
         # 0 may be drawn, and has no logarithm.
-        return -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float32).tiny)))
+        uniform = uniform.clamp_min(torch.finfo(torch.float32).tiny)
+        if self.gate_noise == "logistic":
+            return torch.log(uniform) - torch.log1p(-uniform)
+        return -torch.log(-torch.log(uniform))
 
     def soft(self, num_tokens: int, num_heads: int, temperature: torch.Tensor) -> torch.Tensor:
         """Return `sigmoid((gate_logit + noise) / temperature)`, `(num_entries, num_tokens, num_heads)` in float32."""
@@ -136,7 +151,7 @@ class Gate(nn.Module):
 
         Reading the gates waits for their device, so the answer is kept until they change.
         """
-        version = (self.gate_logit.data_ptr(), self.gate_logit._version)
+        version = _version(self.gate_logit)
         if self._open is None or self._open[0] != version:
             self._open = (version, torch.nonzero(self.gate_logit > 0).flatten().tolist())
         return self._open[1]
@@ -161,6 +176,11 @@ class FuserGroup(nn.Module):
         self.projector = Projector(len(self.entries), sharer_width, receiver_width, num_heads, sizes)
         self.gate = Gate(len(self.entries))
         self._prepared: tuple[tuple, dict[str, torch.Tensor]] | None = None
+
+    def train(self, mode: bool = True) -> "FuserGroup":
+        """Set the mode, and forget what is kept of the weights: fused optimizers change them without a trace."""
+        self._prepared, self.gate._open = None, None
+        return super().train(mode)
 
     def active_entries(self) -> list[int]:
         """Return the stacked entries that have an effect now: all of them in training, else those with open gates."""
@@ -198,7 +218,7 @@ class FuserGroup(nn.Module):
         active = self.active_entries()
         if len(active) == len(self.entries) and all(value.dtype == dtype for value in parameters.values()):
             return parameters
-        key = (dtype, tuple(active), *((value.data_ptr(), value._version) for value in parameters.values()))
+        key = (dtype, tuple(active), *map(_version, parameters.values()))
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = (key, {name: value[active].to(dtype) for name, value in parameters.items()})
         return self._prepared[1]
@@ -272,6 +292,11 @@ class Fuser(nn.Module):
             if entry in group.entries:
                 return group, group.entries.index(entry)
         raise IndexError(f"`entry` must be below {2 * self.num_layers}, but got {entry}.")
+
+
+def _version(parameter: torch.Tensor) -> object:
+    """Return what changes when a parameter is moved or written to; of inference tensors nothing tells."""
+    return object() if parameter.is_inference() else (parameter.data_ptr(), parameter._version)
 
 
 def _widths(shapes: Sequence[LayerShape]) -> list[int]:

@@ -11,10 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from .alignment import same_vocabulary
-from .configuration_c2c import C2CConfig
+from .configuration_c2c import C2CConfig, LayerShape
+from .prefill import probe_layer_shapes
 
 #: A loaded model, or the Hub id or folder of one.
 BaseModel: TypeAlias = str | Path | PreTrainedModel
+
+_COMPARABLE = (torch.bfloat16, torch.float32, torch.float64)
 
 #: Keyword arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
@@ -70,16 +73,17 @@ def resolve_revision(name: str, model_kwargs: dict[str, Any]) -> str | None:
 def fingerprint(model: PreTrainedModel) -> str | None:
     """Hash a sample of a model's weights, so that a fuser meets the models that it was trained with.
 
-    The sample is rounded to bfloat16: loading the same weights in another precision gives the same hash.
+    The sample is rounded to bfloat16: loading the same weights in float32 or bfloat16 gives the same hash.
 
     Returns:
-        16 hexadecimal digits; `None` for quantized models and weights that are not in memory.
+        16 hexadecimal digits; `None` for weights that are quantized, not in memory or in float16, whose rounding
+        cannot be told from other weights.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return None
     samples = []
     for _, parameter in sorted(model.named_parameters()):
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
+        if parameter.device.type == "meta" or parameter.dtype not in _COMPARABLE:
             return None
         samples.append(parameter.detach().flatten()[:16].to(device="cpu", dtype=torch.bfloat16))
     return hashlib.sha256(torch.cat(samples).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
@@ -181,3 +185,35 @@ def base_models_to_load(
             role = "sharers" if index else "receiver"
             raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
     return names
+
+
+def record_layer_shapes(
+    config: C2CConfig, receiver: PreTrainedModel, sharers: Sequence[PreTrainedModel]
+) -> tuple[list[LayerShape], list[list[LayerShape]]]:
+    """Read the layer shapes off the base models, compare them with those recorded, and record them.
+
+    Raises:
+        ValueError: A model has no plain key/value cache, or other shapes than those recorded.
+    """
+    receiver_shapes = probe_layer_shapes(receiver, "receiver")
+    sharer_shapes = [probe_layer_shapes(sharer, "sharers") for sharer in sharers]
+    field = "layer shapes (key/value heads, key width, value width)"
+    roles = ["receiver", *["sharers"] * len(sharer_shapes)]
+    nothing: list[Any] = [None] * len(sharer_shapes)
+    recorded = [config.receiver_layer_shapes, *(config.sharer_layer_shapes or nothing)]
+    for role, saved, found in zip(roles, recorded, [receiver_shapes, *sharer_shapes], strict=True):
+        check_base_model(role, field, None if saved is None else _summary(saved), _summary(found))
+    config.receiver_layer_shapes = [list(shape) for shape in receiver_shapes]
+    config.sharer_layer_shapes = [[list(shape) for shape in shapes] for shapes in sharer_shapes]
+    return receiver_shapes, sharer_shapes
+
+
+def _summary(shapes: Sequence[Sequence[int]]) -> str:
+    """Describe layer shapes in a few words: `30 x (3, 64, 64)`."""
+    runs: list[list] = []
+    for shape in shapes:
+        if runs and runs[-1][1] == tuple(shape):
+            runs[-1][0] += 1
+        else:
+            runs.append([1, tuple(shape)])
+    return " + ".join(f"{count} x {shape}" for count, shape in runs)

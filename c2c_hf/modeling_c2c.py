@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -11,6 +11,7 @@ from ._compat import CACHE_ARGUMENT, accepts_argument
 from .cache import C2CCache
 from .fusion import FusionPlan, fuse_states, plan_fusion
 from .generation import C2CGenerationMixin
+from .passes import check_length, fill_cache, join_logits, new_length, slice_inputs, states_from
 from .prefill import (
     LayerStates,
     RecordingCache,
@@ -140,6 +141,9 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
         inputs = {**kwargs, **receiver_inputs, "labels": labels, "use_cache": use_cache, CACHE_ARGUMENT: cache}
         if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
             inputs["logits_to_keep"] = logits_to_keep
+            if labels is not None:
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                inputs["labels"] = labels[:, kept]
         optional = ("inputs_embeds", "position_ids", "labels")
         inputs = {name: value for name, value in inputs.items() if name not in optional or value is not None}
         for name in ("position_ids", "logits_to_keep"):
@@ -159,7 +163,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
         kwargs: dict[str, Any],
     ) -> CausalLMOutputWithPast:
         """Prefill all models, fuse, and let the receiver go on over the fused cache (design: one forward)."""
-        seq_len = _seq_len(receiver_inputs)
+        seq_len = new_length(receiver_inputs)
         keep = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
         first_kept = max(0, seq_len - keep)
         own_cache = cache if cache is not None else DynamicCache(config=self.receiver.config.get_text_config())
@@ -173,13 +177,15 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
         tail_length = seq_len - plan.tail_start
         substituted = plan.substituted(seq_len)
         # Cut out what the tail needs before the block's states go, layer by layer, into the cache.
-        tail_states = [_tail(pair, plan.tail_start, tail_length) for pair in states] if substituted is not None else []
+        tail_states = (
+            [states_from(pair, plan.tail_start, tail_length) for pair in states] if substituted is not None else []
+        )
         if plan.tail_start > 0:
-            _fill_cache(own_cache, states, plan.tail_start)
+            fill_cache(own_cache, states, plan.tail_start)
 
         outputs = None
         if tail_length > 0:
-            tail_inputs = {**kwargs, **_slice_inputs(receiver_inputs, plan.tail_start, seq_len)}
+            tail_inputs = {**kwargs, **slice_inputs(receiver_inputs, plan.tail_start, seq_len)}
             tail_keep = min(keep, tail_length)
             if substituted is None:
                 outputs = self._receive_alone(tail_inputs, own_cache, None, True, tail_keep, {})
@@ -188,7 +194,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
                 with fusing.substituting(tail_states, substituted):
                     outputs = self._receive_alone(tail_inputs, fusing, None, True, tail_keep, {})
         tail_logits = None if outputs is None else outputs.logits[:, -min(keep, tail_length) :]
-        logits = _join_logits(clean_logits, tail_logits, plan, first_kept, seq_len)
+        logits = join_logits(clean_logits, tail_logits, plan, first_kept, seq_len)
 
         loss = None
         if labels is not None:
@@ -215,7 +221,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
             if self.config.fuse_response:
                 length = text.input_ids.shape[1]
             if length > 0:
-                _check_length("sharers", sharer, length)
+                check_length("sharers", sharer, length)
                 position_ids = None if text.position_ids is None else text.position_ids[:, :length]
                 state = read_text(
                     sharer, text.input_ids[:, :length], text.attention_mask[:, :length], position_ids, known=state
@@ -233,13 +239,13 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
         The caller's cache stays as it is. The states are the caller's to change.
         """
         needed = int(plan.row_starts.max()) > first_kept
-        inputs = _slice_inputs(receiver_inputs, 0, plan.end)
+        inputs = slice_inputs(receiver_inputs, 0, plan.end)
         if inputs["attention_mask"] is not None:
-            seq_len = _seq_len(receiver_inputs)
+            seq_len = new_length(receiver_inputs)
             total = inputs["attention_mask"].shape[1]
             inputs["attention_mask"] = inputs["attention_mask"][:, : total - seq_len + plan.end]
         past_length = int(cache.get_seq_length())
-        _check_length("receiver", self.receiver, past_length + plan.end)
+        check_length("receiver", self.receiver, past_length + plan.end)
         if inputs["inputs_embeds"] is None:
             del inputs["inputs_embeds"]
         keep = plan.end - first_kept if needed else 0
@@ -313,57 +319,3 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
                 alignment = text.alignment.masked_fill(left_out.to(text.alignment.device), -1)
             text.alignment = alignment
         return texts
-
-
-def _seq_len(receiver_inputs: dict[str, Any]) -> int:
-    tokens = receiver_inputs["input_ids"]
-    return (receiver_inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
-
-
-def _slice_inputs(receiver_inputs: dict[str, Any], start: int, end: int) -> dict[str, Any]:
-    """Cut new tokens and their positions; the mask covers the past as well and stays."""
-    sliced = dict(receiver_inputs)
-    for name in ("input_ids", "inputs_embeds", "position_ids"):
-        if sliced[name] is not None:
-            sliced[name] = sliced[name][:, start:end]
-    return sliced
-
-
-def _tail(states: tuple[torch.Tensor, torch.Tensor], start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states from `start` on, filled up to `length` positions."""
-    keys, values = (state[:, :, start:] for state in states)
-    padding = (0, 0, 0, length - keys.shape[2])
-    return torch.nn.functional.pad(keys, padding), torch.nn.functional.pad(values, padding)
-
-
-def _fill_cache(cache: Cache, states: LayerStates, length: int) -> None:
-    """Put the first positions into a cache, letting go of each layer's states as soon as they are in."""
-    states.reverse()
-    for layer_idx in range(len(states)):
-        keys, values = states.pop()
-        cache.update(keys[:, :, :length], values[:, :, :length], layer_idx)
-
-
-def _join_logits(
-    clean: torch.Tensor | None, tail: torch.Tensor | None, plan: FusionPlan, first_kept: int, seq_len: int
-) -> torch.Tensor:
-    """Take each row's logits from the clean pass up to its own start and from the tail behind it."""
-    if clean is None or tail is None:
-        (only,) = (logits for logits in (clean, tail) if logits is not None)
-        return only
-    tail_first = seq_len - tail.shape[1]
-    overlap_end = min(plan.end, seq_len)
-    head, overlap = clean[:, : tail_first - first_kept], clean[:, tail_first - first_kept :]
-    columns = torch.arange(tail_first, overlap_end)
-    from_clean = (columns < plan.row_starts.unsqueeze(1)).to(tail.device).unsqueeze(-1)
-    joined = torch.where(from_clean, overlap, tail[:, : overlap_end - tail_first])
-    return torch.cat([head, joined, tail[:, overlap_end - tail_first :]], dim=1)
-
-
-def _check_length(role: str, model: PreTrainedModel, length: int) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit > 0:
-        raise ValueError(
-            f"`{role}`: the text has {length} tokens, but {type(model).__name__} reads at most {limit}; shorten it or "
-            "truncate in the processor."
-        )

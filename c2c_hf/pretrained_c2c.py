@@ -24,9 +24,10 @@ from .loading import (
     load_base_model,
     load_tokenizer,
     per_sharer_kwargs,
+    record_layer_shapes,
     resolve_alignments,
 )
-from .prefill import input_device, probe_layer_shapes
+from .prefill import input_device
 from .weights import check_fuser_weights, load_fuser_weights
 
 _VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
@@ -75,7 +76,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         # The receiver comes first: transformers takes a model's device and dtype from its first parameter.
         self.receiver = receiver.requires_grad_(False).eval()
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
-        receiver_shapes, sharer_shapes = self._check_layer_shapes()
+        receiver_shapes, sharer_shapes = record_layer_shapes(config, receiver, sharers)
         self.fuser: Any = nn.ModuleList(
             Fuser(receiver_shapes, shapes, config, index) for index, shapes in enumerate(sharer_shapes)
         )
@@ -88,21 +89,6 @@ class C2CPreTrainedModel(PreTrainedModel):
         self.generation_config = receiver.generation_config
         self.config._attn_implementation_internal = receiver.config._attn_implementation
         self.post_init()
-
-    def _check_layer_shapes(self) -> tuple[list, list[list]]:
-        receiver_shapes = probe_layer_shapes(self.receiver, "receiver")
-        sharer_shapes = [probe_layer_shapes(sharer, "sharers") for sharer in self.sharers]
-        field = "layer shapes (key/value heads, key width, value width)"
-        roles = ["receiver", *["sharers"] * len(sharer_shapes)]
-        recorded = [
-            self.config.receiver_layer_shapes,
-            *(self.config.sharer_layer_shapes or [None] * len(sharer_shapes)),
-        ]
-        for role, saved, found in zip(roles, recorded, [receiver_shapes, *sharer_shapes], strict=True):
-            check_base_model(role, field, None if saved is None else _summary(saved), _summary(found))
-        self.config.receiver_layer_shapes = [list(shape) for shape in receiver_shapes]
-        self.config.sharer_layer_shapes = [[list(shape) for shape in shapes] for shapes in sharer_shapes]
-        return receiver_shapes, sharer_shapes
 
     @classmethod
     def from_receiver_and_sharers(
@@ -127,6 +113,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: For models or values that do not go together.
         """
+        C2CConfig.check_names(config_fields)
         sharers = [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
         if not sharers:
             raise ValueError("`sharers` must name at least one model, but the list is empty.")
@@ -195,6 +182,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        attn_implementation: str | None = None,
         verify_base_models: bool = True,
         **kwargs: Any,
     ) -> "C2CPreTrainedModel":
@@ -209,6 +197,7 @@ class C2CPreTrainedModel(PreTrainedModel):
             sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
             dtype: Precision of the base models; the fuser stays in float32 and computes in the receiver's.
             device_map: Placement of each base model.
+            attn_implementation: Attention of the base models, such as `"flash_attention_2"`.
             verify_base_models: Compare the base models' weights and revisions with those recorded.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
                 fuser is on the Hub; fields of [`C2CConfig`] override the saved ones.
@@ -224,13 +213,15 @@ class C2CPreTrainedModel(PreTrainedModel):
             kwargs.pop(key, None)
         if not isinstance(config, C2CConfig):
             config = C2CConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        unknown = [key for key in kwargs if not hasattr(config, key)]
-        if unknown:
-            raise ValueError(f"Unknown arguments of `from_pretrained`: {unknown}.")
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        # The Auto classes write this argument into the configuration that they hand over.
+        attn_implementation = attn_implementation or config._attn_implementation
+        shared = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        shared = {key: value for key, value in shared.items() if value is not None}
+        C2CConfig.check_names(kwargs)
         for key, value in kwargs.items():
             setattr(config, key, value)
         config._check_fields()
-        shared = {key: value for key, value in (("dtype", dtype), ("device_map", device_map)) if value is not None}
         hub_access: dict[str, Any] = {
             key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_kwargs
         }
@@ -339,14 +330,3 @@ class C2CPreTrainedModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """Return the receiver's output embeddings."""
         return self.receiver.get_output_embeddings()
-
-
-def _summary(shapes: Sequence[Sequence[int]]) -> str:
-    """Describe layer shapes in a few words: `30 x (3, 64, 64)`."""
-    runs: list[list] = []
-    for shape in shapes:
-        if runs and runs[-1][1] == tuple(shape):
-            runs[-1][0] += 1
-        else:
-            runs.append([1, tuple(shape)])
-    return " + ".join(f"{count} x {shape}" for count, shape in runs)

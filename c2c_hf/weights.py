@@ -33,8 +33,8 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
             f"`pretrained_model_name_or_path`: {name!r} holds no {SAFE_WEIGHTS_NAME}, so it is no saved fuser."
         )
     try:
-        shards = sorted(set(json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (KeyError, AttributeError, ValueError) as error:
+        shards = sorted(set(json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"The index {SAFE_WEIGHTS_INDEX_NAME} of {name!r} is damaged; download or save it anew."
         ) from error

@@ -1,11 +1,12 @@
 """The configuration: round trips, layer maps and every refusal."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 from conftest import CONFIGS
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma3Config, Gemma3TextConfig
 
 from c2c_hf import C2CConfig
 from c2c_hf.configuration_c2c import layer_mapping
@@ -31,14 +32,35 @@ def test_round_trip(tmp_path: Path) -> None:
     assert loaded.fuser_sizes(1).hidden_size == 24
     assert loaded.fuser_sizes(1).intermediate_size == 1024
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert "_name_or_path" not in saved["receiver_config"]
     assert saved["model_type"] == "c2c"
+
+
+def test_folders_of_base_models_stay_out_of_nested_configurations(tmp_path: Path) -> None:
+    receiver, sharer = copy.deepcopy(CONFIGS["llama"]), copy.deepcopy(CONFIGS["qwen3"])
+    receiver.name_or_path, sharer.name_or_path = "/home/me/receiver", "/home/me/sharer"
+    config = C2CConfig(receiver_config=receiver, sharer_configs=[sharer])
+    config.save_pretrained(tmp_path)
+    assert "/home/me" not in (tmp_path / "config.json").read_text()
+    assert "/home/me" not in config.to_json_string(use_diff=False)
+    assert receiver.name_or_path == "/home/me/receiver", "the caller's configuration was changed"
+
+
+def test_text_configuration_of_a_multimodal_receiver(tmp_path: Path) -> None:
+    config = C2CConfig(receiver_config=Gemma3Config(text_config=CONFIGS["gemma3"].to_dict()))
+    config.save_pretrained(tmp_path)
+    for each in (config, C2CConfig.from_pretrained(tmp_path)):
+        assert isinstance(each.get_text_config(), Gemma3TextConfig)
+        assert each.get_text_config(decoder=True).layer_types == CONFIGS["gemma3"].layer_types
 
 
 def test_defaults_alone_make_a_configuration() -> None:
     config = C2CConfig()
     assert config.num_sharers == 0
     assert config.get_text_config() is config
+    assert config.fuser_sizes(0) == (1024, 1024, 3, 0.1)
+    assert config.token_alignments == ["span"]
+    assert (config.layer_alignment, config.fusion_mode, config.fuse_response) == ("terminal", "parallel", False)
+    assert (config.initial_gate_temperature, config.final_gate_temperature) == (1.0, 0.001)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +69,17 @@ def test_defaults_alone_make_a_configuration() -> None:
         (5, 3, "terminal", [0, 0, 0, 1, 2]),
         (3, 5, "terminal", [2, 3, 4]),
         (3, 3, "terminal", [0, 1, 2]),
+        (1, 4, "terminal", [3]),
+        (4, 1, "terminal", [0, 0, 0, 0]),
+        (1, 1, "terminal", [0]),
         (5, 3, "depth_normalized", [0, 1, 1, 2, 2]),
         (3, 5, "depth_normalized", [0, 2, 4]),
         (1, 4, "depth_normalized", [3]),
         (4, 1, "depth_normalized", [0, 0, 0, 0]),
+        (1, 1, "depth_normalized", [0]),
+        # 2.5 and 1.5: halves go up, where Python's rounding would give 2 and 2.
+        (3, 6, "depth_normalized", [0, 3, 5]),
+        (3, 4, "depth_normalized", [0, 2, 3]),
     ],
 )
 def test_layer_mapping(receiver: int, sharer: int, alignment: str, expected: list[int]) -> None:
@@ -70,15 +99,34 @@ def test_layer_mapping(receiver: int, sharer: int, alignment: str, expected: lis
         ({"fusion_mode": "both"}, "`fusion_mode` must be one of"),
         ({"fuser_type": "mlp"}, "`fuser_type` must be one of"),
         ({"fuse_response": True}, "`fuse_response=True` needs a `token_alignment` that goes token by token"),
+        (
+            {"fuse_response": True, "token_alignment": ["span"]},
+            r"`fuse_response=True` needs a `token_alignment` .* but got \['span'\]",
+        ),
+        ({"fuser_hidden_size": "64"}, "`fuser_hidden_size` must be an integer of at least 1, but got '64'"),
+        ({"fuser_hidden_size": [-3]}, "`fuser_hidden_size` must be an integer of at least 1, but got -3"),
         ({"fuser_hidden_size": 0}, "`fuser_hidden_size` must be an integer of at least 1, but got 0"),
         ({"fuser_intermediate_size": 2.5}, "`fuser_intermediate_size` must be an integer of at least 1"),
         ({"num_fuser_layers": 1}, "`num_fuser_layers` must be an integer of at least 2, but got 1"),
         ({"num_fuser_layers": [3, 3]}, r"`num_fuser_layers` must be one value, or one per sharer \(1\)"),
         ({"fuser_dropout": 1.0}, r"`fuser_dropout` must be in \[0, 1\), but got 1.0"),
-        ({"initial_gate_temperature": 0.0001}, "Gate temperatures must satisfy"),
+        ({"fuser_dropout": -0.1}, r"`fuser_dropout` must be in \[0, 1\), but got -0.1"),
+        ({"fuser_dropout": float("nan")}, r"`fuser_dropout` must be in \[0, 1\), but got nan"),
+        ({"initial_gate_temperature": 0.0001}, r"Gate temperatures must satisfy 0 < .* but got 0.001 and 0.0001"),
+        ({"final_gate_temperature": 0.0}, r"Gate temperatures must satisfy 0 < .* but got 0.0 and 1.0"),
         ({"receiver_config": {"vocab_size": 3}}, "needs its `model_type`"),
     ],
 )
 def test_unknown_values_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        C2CConfig(**{"sharer_configs": [CONFIGS["llama"]], **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"token_alignment": None}, {"initial_gate_temperature": "hot"}, {"receiver_config": 3}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_values_of_the_wrong_kind_are_refused_by_name(fields: dict) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"`{next(iter(fields))}`"):
         C2CConfig(**{"sharer_configs": [CONFIGS["llama"]], **fields})

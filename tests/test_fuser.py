@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import CONFIGS
 from naive import naive_change
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,6 +51,41 @@ def test_equals_single_entries(receiver) -> None:
         )
 
 
+def run(fuser: Fuser, shared, own) -> list[torch.Tensor | None]:
+    with torch.no_grad():
+        return fuser(shared, own)
+
+
+def same(one, other) -> bool:
+    """Whether two lists of changes are equal bit for bit, `None` where nothing changes."""
+    pairs = list(zip(one, other, strict=True))
+    if any((a is None) != (b is None) for a, b in pairs):
+        return False
+    return all(a is None or torch.equal(a, b) for a, b in pairs)
+
+
+def test_no_token_at_all() -> None:
+    fuser = random_fuser()
+    changes = run(fuser, states(SHARER, 0), states(UNEQUAL, 0))
+    assert [change.shape for change in changes if change is not None]
+    for change, own in zip(changes, states(UNEQUAL, 0), strict=True):
+        assert change is None or change.shape == own.shape
+
+
+def test_sizes_of_each_sharer() -> None:
+    config = C2CConfig(
+        sharer_configs=[CONFIGS["llama"], CONFIGS["qwen3"]],
+        fuser_hidden_size=[8, 12],
+        num_fuser_layers=[2, 4],
+        fuser_dropout=[0.0, 0.3],
+    )
+    (first,) = Fuser(EQUAL, [(3, 4, 4)], config, 0).groups
+    (second,) = Fuser(EQUAL, [(3, 4, 4)], config, 1).groups
+    assert [first.projector.in_proj.weight.shape[1], second.projector.in_proj.weight.shape[1]] == [8, 12]
+    assert [len(first.projector.feature_ffns), len(second.projector.feature_ffns)] == [0, 2]
+    assert [first.projector.shared_ffn.dropout.p, second.projector.shared_ffn.dropout.p] == [0.0, 0.3]
+
+
 def count_products(fuser: Fuser, receiver, sharer) -> tuple[int, int]:
     """Calls of batched products, and matrices multiplied in them."""
     own, shared = states(receiver), states(sharer)
@@ -86,24 +122,61 @@ def test_products_do_not_grow_with_layers_and_shut_gates_cost_nothing() -> None:
     assert counts[0] == counts[1]
 
 
-def test_weights_are_prepared_anew_when_they_change() -> None:
-    fuser = random_fuser()
-    own, shared = states(UNEQUAL), states(SHARER)
+def _step(fuser: Fuser, optimizer: type[torch.optim.Optimizer], **kwargs) -> None:
+    for parameter in fuser.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer(fuser.parameters(), lr=0.05, **kwargs).step()
 
-    def run(fuser: Fuser) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [change for change in fuser(shared, own) if change is not None]
 
-    before = run(fuser)
-    with torch.no_grad():
-        for parameter in fuser.parameters():
-            parameter.add_(0.05)
-    after = run(fuser)
-    assert len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    fresh = random_fuser()
+def _train_fused(fuser: Fuser) -> None:
+    fuser.train()
+    _step(fuser, torch.optim.AdamW, fused=True)
+    fuser.eval()
+
+
+def _load(fuser: Fuser) -> None:
+    fuser.load_state_dict({name: -value for name, value in fuser.state_dict().items()})
+
+
+def _write_past_autograd(fuser: Fuser) -> None:
+    for parameter in fuser.parameters():
+        parameter.data.neg_()
+    # Nothing tells of such a write; setting the mode, as every evaluation does, makes the fuser look again.
+    fuser.eval()
+
+
+WEIGHT_CHANGES = {
+    "optimizer": lambda fuser: _step(fuser, torch.optim.SGD),
+    "fused optimizer": _train_fused,
+    "load_state_dict": _load,
+    "dtype": lambda fuser: fuser.to(torch.bfloat16),
+    "dtype and back": lambda fuser: fuser.to(torch.bfloat16).to(torch.float32),
+    # As DeepSpeed, averaging callbacks and many scripts write.
+    "data in place": _write_past_autograd,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_CHANGES)
+def test_weights_are_prepared_anew_when_they_change(name: str) -> None:
+    """A fuser that has run computes what one computes that never ran with the weights of before."""
+    sharer = [(3, 4, 4)]
+    fuser = random_fuser(EQUAL, sharer)
+    own, shared = states(EQUAL), states(sharer)
+    before = run(fuser, shared, own)
+    assert 0 < sum(change is None for change in before) < 12, "a part of a stack is what is prepared"
+    WEIGHT_CHANGES[name](fuser)
+    after = run(fuser, shared, own)
+    fresh = random_fuser(EQUAL, sharer).to(next(fuser.parameters()).dtype)
     fresh.load_state_dict(fuser.state_dict())
-    for change, expected in zip(run(fresh), after, strict=True):
-        assert torch.equal(change, expected)
+    assert same(after, run(fresh, shared, own))
+    assert not same(after, before), "the weights did not change, so nothing was compared"
+
+
+def test_made_and_used_in_inference_mode() -> None:
+    own, shared = states(UNEQUAL), states(SHARER)
+    expected = run(random_fuser(), shared, own)
+    with torch.inference_mode():
+        assert same(random_fuser()(shared, own), expected)
 
 
 def test_bfloat16_states_and_float32_parameters() -> None:
@@ -145,8 +218,35 @@ def test_training_gates() -> None:
     assert abs(opened[0].item() - (1 - math.exp(-1))) < 0.02
     assert opened[1] == 1.0
     assert opened[2] < 0.01
-    assert torch.isfinite(gate.sample_noise((100_000,))).all()
     assert gate.open_entries() == [1]
+    # Nearly all gates are open or shut at the end of training, and none at its beginning.
+    undecided = ((soft > 0.01) & (soft < 0.99)).float().mean()
+    assert undecided < 0.01
+    early = gate.soft(4000, 2, torch.tensor(1.0))[0]
+    assert ((early > 0.01) & (early < 0.99)).float().mean() > 0.95
+
+
+def test_gates_follow_logit_noise_and_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(2)
+    with torch.no_grad():
+        gate.gate_logit.copy_(torch.tensor([0.5, -1.0]))
+    noise = torch.randn(2, 3, 4)
+    monkeypatch.setattr(gate, "sample_noise", lambda shape: noise.reshape(shape))
+    expected = torch.sigmoid((torch.tensor([0.5, -1.0]).view(2, 1, 1) + noise) / 0.25)
+    torch.testing.assert_close(gate.soft(3, 4, torch.tensor(0.25)), expected)
+
+
+def test_noise_is_finite_at_the_ends_of_its_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(1)
+    for uniform in (0.0, 1.0 - 2.0**-24):
+        monkeypatch.setattr(
+            torch, "rand", lambda shape, device=None, dtype=None, u=uniform: torch.full(shape, u, dtype=dtype)
+        )
+        soft = gate.soft(2, 2, torch.tensor(0.001))
+        assert torch.isfinite(gate.sample_noise((1, 2, 2))).all()
+        assert torch.isfinite(soft).all()
+        soft.sum().backward()
+        assert torch.isfinite(gate.gate_logit.grad).all()
 
 
 def test_dropout_is_for_training() -> None:
@@ -155,9 +255,25 @@ def test_dropout_is_for_training() -> None:
     with torch.no_grad():
         first, second = fuser(shared, own), fuser(shared, own)
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    fuser.train()
-    noisy = [fuser(shared, own)[0] for _ in range(2)]
-    assert not torch.equal(*noisy)
+    for probability, expected in ((0.2, False), (0.0, True)):
+        training = random_fuser(fuser_dropout=probability).train()
+        for group in training.groups:
+            # The gates' noise is not what is looked at.
+            group.gate.sample_noise = torch.zeros
+        assert same(training(shared, own), training(shared, own)) is expected
+
+
+def test_autocast_at_inference() -> None:
+    fuser = random_fuser()
+    own, shared = states(UNEQUAL), states(SHARER)
+    expected = run(fuser, shared, own)
+    with torch.autocast("cpu", torch.bfloat16):
+        changes = run(fuser, shared, own)
+    for change, reference in zip(changes, expected, strict=True):
+        assert (change is None) == (reference is None)
+        if change is not None:
+            assert change.dtype == torch.float32
+            assert (change - reference).abs().max() < 0.1 * reference.abs().max()
 
 
 def test_a_new_fuser_is_shut() -> None:
@@ -176,6 +292,19 @@ def test_initialisation_is_that_of_linear_layers() -> None:
     for entry in range(4):
         expected = torch.nn.functional.linear(x[entry], stacked.weight[entry], stacked.bias[entry])
         torch.testing.assert_close(stacked(x)[entry], expected)
+
+
+def test_a_new_fuser_starts_as_linear_layers_do() -> None:
+    fuser = Fuser(UNEQUAL, SHARER, C2CConfig(fuser_hidden_size=32, fuser_intermediate_size=48))
+    stacks = [module for module in fuser.modules() if isinstance(module, StackedLinear)]
+    assert len(stacks) == 9 * len(fuser.groups)
+    for stacked in stacks:
+        bound = stacked.weight.shape[-1] ** -0.5
+        assert 0.9 * bound < stacked.weight.abs().max() <= bound
+        assert stacked.bias is None or 0 < stacked.bias.abs().max() <= bound
+    norms = [parameter for name, parameter in fuser.named_parameters() if "norm" in name]
+    assert norms
+    assert all((norm == 1).all() for norm in norms)
 
 
 def test_unknown_entry() -> None:

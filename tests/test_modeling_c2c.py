@@ -267,6 +267,21 @@ def test_loss_is_that_of_the_answer() -> None:
     assert kept.logits.shape[1] == 6
 
 
+def test_loss_alone() -> None:
+    """Where nothing fuses, `logits_to_keep` goes with the labels as well."""
+    model = tiny_c2c()
+    ids = random_ids(2, 12)
+    labels = ids.clone()
+    labels[:, :7] = -100
+    expected = model.receiver(input_ids=ids, labels=labels).loss
+    with model.alone():
+        outputs = model(input_ids=ids, labels=labels, logits_to_keep=6)
+    torch.testing.assert_close(outputs.loss, expected)
+    nothing = torch.full_like(ids, -1)
+    outputs = model(input_ids=ids, labels=labels, logits_to_keep=6, sharer_input_ids=ids, sharer_alignment=nothing)
+    torch.testing.assert_close(outputs.loss, expected)
+
+
 def test_bfloat16_receiver() -> None:
     """The fuser's parameters stay in float32 and compute in the receiver's dtype."""
     model = tiny_c2c()
