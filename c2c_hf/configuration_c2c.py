@@ -12,6 +12,12 @@ CONTEXT_MODES = ("slice",)
 FUSION_MODES = ("parallel", "sequential")
 FUSER_TYPES = ("c2c",)
 
+_READ_OFF_MODELS = (
+    *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint"),
+    *("sharer_names_or_paths", "sharer_revisions", "sharer_configs", "sharer_fingerprints"),
+    *("receiver_layer_shapes", "sharer_layer_shapes"),
+)
+
 #: (num_key_value_heads, key head_dim, value head_dim) of one cached layer.
 LayerShape = tuple[int, int, int]
 
@@ -136,6 +142,9 @@ class C2CConfig(PreTrainedConfig):
                 "`fuse_response=True` needs a `token_alignment` that goes token by token ('identity', 'first' or "
                 f"'longest'), but got {self.token_alignment!r}."
             )
+        for field in ("sharer_names_or_paths", "sharer_revisions", "sharer_fingerprints", "sharer_bos_token_ids"):
+            if getattr(self, field) is not None:
+                self._per_sharer(field)
         for field, smallest in (("fuser_hidden_size", 1), ("fuser_intermediate_size", 1), ("num_fuser_layers", 2)):
             for value in self._per_sharer(field):
                 if not isinstance(value, int) or value < smallest:
@@ -153,18 +162,26 @@ class C2CConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def check_names(cls, names: Iterable[str]) -> None:
+    def check_names(cls, names: Iterable[str], by_user: bool = False) -> None:
         """Refuse what is no field, which transformers would keep as an attribute that nobody reads.
 
+        Args:
+            names: Of the fields.
+            by_user: Refuse those that are read off the base models, too.
+
         Raises:
-            ValueError: Naming the unknown ones.
+            ValueError: Naming them.
         """
+        names = list(names)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(
                 f"These are no fields of `C2CConfig`: {unknown}; see its documentation for those there are."
             )
+        found_out = [name for name in names if name in _READ_OFF_MODELS]
+        if by_user and found_out:
+            raise ValueError(f"These fields are read off the models and cannot be given: {found_out}.")
 
     @property
     def num_sharers(self) -> int:

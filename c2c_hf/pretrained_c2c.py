@@ -1,5 +1,6 @@
 """`C2CPreTrainedModel`: how a receiver, its sharers and their fusers are built, loaded and saved."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -29,6 +30,8 @@ from .loading import (
 )
 from .prefill import input_device
 from .weights import check_fuser_weights, load_fuser_weights
+
+logger = logging.getLogger(__name__)
 
 _VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
 
@@ -113,7 +116,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: For models or values that do not go together.
         """
-        C2CConfig.check_names(config_fields)
+        C2CConfig.check_names(config_fields, by_user=True)
         sharers = [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
         if not sharers:
             raise ValueError("`sharers` must name at least one model, but the list is empty.")
@@ -213,9 +216,17 @@ class C2CPreTrainedModel(PreTrainedModel):
             kwargs.pop(key, None)
         if not isinstance(config, C2CConfig):
             config = C2CConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-        # The Auto classes write this argument into the configuration that they hand over.
-        attn_implementation = attn_implementation or config._attn_implementation
+        if config.num_sharers == 0:
+            raise ValueError(
+                f"`pretrained_model_name_or_path`: {str(pretrained_model_name_or_path)!r} is no saved fuser, since "
+                "its configuration names no sharer."
+            )
+        legacy_dtype = kwargs.pop("torch_dtype", None)
+        dtype = legacy_dtype if dtype is None else dtype
+        if getattr(config.receiver_config, "_attn_implementation", None) is None:
+            # The Auto classes write this argument into the configuration that they load. A living model's, whose parts
+            # know theirs, is not asked: the receiver's need not suit the sharers.
+            attn_implementation = attn_implementation or config._attn_implementation
         shared = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         shared = {key: value for key, value in shared.items() if value is not None}
         C2CConfig.check_names(kwargs)
@@ -242,8 +253,12 @@ class C2CPreTrainedModel(PreTrainedModel):
         built = cls(config, models[0], models[1:])
         if verify_base_models:
             for index, model in enumerate(models):
-                role = "receiver" if index == 0 else "sharers"
-                check_base_model(role, "weights' fingerprint", fingerprints[index], fingerprint(model), _VERIFY_HINT)
+                role, found = "receiver" if index == 0 else "sharers", fingerprint(model)
+                check_base_model(role, "weights' fingerprint", fingerprints[index], found, _VERIFY_HINT)
+                if found is None and fingerprints[index] is not None:
+                    logger.warning(
+                        "The weights of %s %r were not compared (see `fingerprint`).", role, model.name_or_path
+                    )
         weights = load_fuser_weights(pretrained_model_name_or_path, hub_kwargs)
         check_fuser_weights(weights, built._own_state_dict())
         built.load_state_dict(weights, strict=False)

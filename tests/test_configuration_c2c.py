@@ -109,6 +109,7 @@ def test_layer_mapping(receiver: int, sharer: int, alignment: str, expected: lis
         ({"fuser_intermediate_size": 2.5}, "`fuser_intermediate_size` must be an integer of at least 1"),
         ({"num_fuser_layers": 1}, "`num_fuser_layers` must be an integer of at least 2, but got 1"),
         ({"num_fuser_layers": [3, 3]}, r"`num_fuser_layers` must be one value, or one per sharer \(1\)"),
+        ({"sharer_revisions": ["a", "b"]}, r"`sharer_revisions` must be one value, or one per sharer \(1\)"),
         ({"fuser_dropout": 1.0}, r"`fuser_dropout` must be in \[0, 1\), but got 1.0"),
         ({"fuser_dropout": -0.1}, r"`fuser_dropout` must be in \[0, 1\), but got -0.1"),
         ({"fuser_dropout": float("nan")}, r"`fuser_dropout` must be in \[0, 1\), but got nan"),

@@ -392,6 +392,33 @@ def test_a_configuration_alone_makes_random_models() -> None:
     assert config.receiver_layer_shapes == [[2, 8, 8]] * 3
 
 
+def test_a_living_configuration_loads_again(tmp_path: Path) -> None:
+    """The receiver's attention, which a model's configuration carries, is not forced on a sharer that lacks it."""
+    for seed, name in enumerate(("llama", "bloom")):
+        tiny_model(name, seed).save_pretrained(tmp_path / name)
+    model = C2CForCausalLM.from_receiver_and_sharers(
+        tmp_path / "llama", tmp_path / "bloom", token_alignment="identity", fuser_hidden_size=8
+    )
+    model.save_pretrained(tmp_path / "fuser")
+    loaded = C2CForCausalLM.from_pretrained(tmp_path / "fuser", config=model.config)
+    implementations = [base.config._attn_implementation for base in (loaded.receiver, *loaded.sharers)]
+    assert implementations == ["sdpa", "eager"]
+
+
+def test_a_folder_without_a_fuser_is_named_as_such(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (folders[0], tmp_path / "empty"):
+        with pytest.raises((OSError, ValueError), match="no saved fuser"):
+            C2CForCausalLM.from_pretrained(folder)
+        with pytest.raises((OSError, ValueError), match="no saved fuser"):
+            C2CForCausalLM.from_pretrained(folder, receiver=tiny_model("llama"), sharers=tiny_model("gemma3"))
+
+
+def test_fields_that_are_read_off_models_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"read off the models and cannot be given: \['receiver_revision'\]"):
+        C2CForCausalLM.from_receiver_and_sharers(tiny_model("llama"), tiny_model("qwen3"), receiver_revision="x")
+
+
 def test_fields_that_do_not_exist_are_refused() -> None:
     """A slip of the pen must not train another fuser than was asked for."""
     with pytest.raises((TypeError, ValueError), match="fuser_hiden_size"):
