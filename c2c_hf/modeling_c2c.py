@@ -139,16 +139,16 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Let the receiver work by itself: fusion is off, nothing is aligned, or the answer is decoded."""
         inputs = {**kwargs, **receiver_inputs, "labels": labels, "use_cache": use_cache, CACHE_ARGUMENT: cache}
-        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
+        keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
+        if keeps_some and accepts_argument(self.receiver, "logits_to_keep"):
             inputs["logits_to_keep"] = logits_to_keep
             if labels is not None:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 inputs["labels"] = labels[:, kept]
         optional = ("inputs_embeds", "position_ids", "labels")
         inputs = {name: value for name, value in inputs.items() if name not in optional or value is not None}
-        for name in ("position_ids", "logits_to_keep"):
-            if not accepts_argument(self.receiver, name):
-                inputs.pop(name, None)
+        if not accepts_argument(self.receiver, "position_ids"):
+            inputs.pop("position_ids", None)
         return self.receiver(**inputs)
 
     def _receive_fused(
@@ -162,7 +162,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
         logits_to_keep: int | torch.Tensor,
         kwargs: dict[str, Any],
     ) -> CausalLMOutputWithPast:
-        """Prefill all models, fuse, and let the receiver go on over the fused cache (design: one forward)."""
+        """Prefill all models, fuse, and let the receiver go on over the fused cache."""
         seq_len = new_length(receiver_inputs)
         keep = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
         first_kept = max(0, seq_len - keep)
