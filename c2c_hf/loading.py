@@ -13,14 +13,12 @@ from transformers.utils import cached_file
 from .alignment import same_vocabulary
 from .configuration_c2c import C2CConfig, LayerShape
 from .prefill import probe_layer_shapes
+from .pretrained_processor import HUB_KWARGS, TOKENIZER_KWARGS
 
 #: A loaded model, or the Hub id or folder of one.
 BaseModel: TypeAlias = str | Path | PreTrainedModel
 
 _COMPARABLE = (torch.bfloat16, torch.float32, torch.float64)
-
-#: Keyword arguments of `from_pretrained` that say where on the Hub a file is.
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
 
 
 def load_base_model(
@@ -63,7 +61,7 @@ def resolve_revision(name: str, model_kwargs: dict[str, Any]) -> str | None:
     """Return the commit from which a Hub model was loaded, or the revision asked for, or `None` for a folder."""
     if Path(name).is_dir():
         return None
-    hub_kwargs = {key: value for key, value in model_kwargs.items() if key in HUB_ARGUMENTS}
+    hub_kwargs = {key: value for key, value in model_kwargs.items() if key in HUB_KWARGS}
     path = cached_file(name, "config.json", **hub_kwargs, _raise_exceptions_for_missing_entries=False)
     commit = re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if path else None
     return commit.group(1) if commit else model_kwargs.get("revision")
@@ -126,8 +124,7 @@ def load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> Any:
     """Load the tokenizer beside a base model; `None` where there is none."""
     if name is None:
         return None
-    known = (*HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
-    kwargs = {key: value for key, value in model_kwargs.items() if key in known}
+    kwargs = {key: value for key, value in model_kwargs.items() if key in TOKENIZER_KWARGS}
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError):

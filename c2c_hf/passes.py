@@ -49,12 +49,11 @@ def join_logits(
         (only,) = (logits for logits in (clean, tail) if logits is not None)
         return only
     tail_first = seq_len - tail.shape[1]
-    overlap_end = min(plan.end, seq_len)
     head, overlap = clean[:, : tail_first - first_kept], clean[:, tail_first - first_kept :]
-    columns = torch.arange(tail_first, overlap_end)
+    columns = torch.arange(tail_first, plan.end)
     from_clean = (columns < plan.row_starts.unsqueeze(1)).to(tail.device).unsqueeze(-1)
-    joined = torch.where(from_clean, overlap, tail[:, : overlap_end - tail_first])
-    return torch.cat([head, joined, tail[:, overlap_end - tail_first :]], dim=1)
+    joined = torch.where(from_clean, overlap, tail[:, : plan.end - tail_first])
+    return torch.cat([head, joined, tail[:, plan.end - tail_first :]], dim=1)
 
 
 def check_length(role: str, model: PreTrainedModel, length: int) -> None:

@@ -17,7 +17,6 @@ from .alignment import build_token_table, own_bos_token_id
 from .configuration_c2c import C2CConfig
 from .fuser import Fuser
 from .loading import (
-    HUB_ARGUMENTS,
     BaseModel,
     base_models_to_load,
     check_base_model,
@@ -29,6 +28,7 @@ from .loading import (
     resolve_alignments,
 )
 from .prefill import input_device
+from .pretrained_processor import HUB_KWARGS
 from .weights import check_fuser_weights, load_fuser_weights
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class C2CPreTrainedModel(PreTrainedModel):
             ValueError: The checkpoint or the base models do not fit.
             OSError: A file is missing.
         """
-        hub_kwargs = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if value is not None}
         # The Auto classes hand these over; code of base models is asked for in `receiver_kwargs` and `sharer_kwargs`.
         for key in ("trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):

@@ -21,6 +21,7 @@ from .alignment import TOKEN_ALIGNMENTS, build_token_table, check_choice, same_v
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: Keyword arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 #: What a base model's arguments may say about its tokenizer; the others concern its weights alone.
 TOKENIZER_KWARGS = (*HUB_KWARGS, "code_revision", "gguf_file", "tokenizer_type", "trust_remote_code", "use_fast")

@@ -17,7 +17,7 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
 
     Args:
         name_or_path: Hub id or folder.
-        hub_kwargs: Where on the Hub, see `HUB_ARGUMENTS`.
+        hub_kwargs: Where on the Hub, see `HUB_KWARGS`.
 
     Raises:
         OSError: No safetensors file there.
