@@ -234,7 +234,8 @@ def _train(parsed: argparse.Namespace) -> None:
     model, processor = model_arguments.load(local_pair() if model_arguments.demo_pair else None)
     with arguments.main_process_first(desc="tokenizing"):
         train_data, eval_data = data_arguments.load(processor, arguments.max_length, arguments.seed)
-    trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor)
+    adapter = model_arguments.peft_config()
+    trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor, adapter)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -30,7 +30,8 @@ class C2CDataCollator:
             `input_ids`, `attention_mask` and `labels` (-100 in front of the answer and at padding), all `(batch_size,
             seq_len)`; `sharer_input_ids` and `sharer_attention_mask`, `(batch_size, sharer_len)`, and
             `sharer_alignment`, `(batch_size, seq_len)`, with several sharers lists; `logits_to_keep`, the number of
-            last positions that predict an answer, plus one.
+            last positions that predict an answer, plus one. Of multiple choice also `wrong_answer_ids`, `(num_wrong,
+            length)`, padded with -100, and `wrong_answer_rows`, `(num_wrong,)`: whose they are.
         """
         prompts = [torch.as_tensor(example["input_ids"]) for example in examples]
         answers = [torch.as_tensor(example["answer_ids"]) for example in examples]
@@ -60,6 +61,10 @@ class C2CDataCollator:
             for name, tensors in zip(SHARER_COLUMNS, sharers, strict=True)
         )
         batch["logits_to_keep"] = answer_length + 1
+        wrong = [(row, ids) for row, example in enumerate(examples) for ids in example.get("wrong_answer_ids", ())]
+        if wrong:
+            batch["wrong_answer_rows"] = torch.tensor([row for row, _ in wrong])
+            batch["wrong_answer_ids"] = _pad([torch.as_tensor(ids) for _, ids in wrong], -100, left=False)
         return batch
 
 

@@ -11,6 +11,7 @@ TOKEN_ALIGNMENTS = ("identity", "first", "longest", "span")
 CONTEXT_MODES = ("slice",)
 FUSION_MODES = ("parallel", "sequential")
 FUSER_TYPES = ("c2c",)
+FUSER_INITIALIZATIONS = ("shut_gates", "zero_output")
 
 _READ_OFF_MODELS = (
     *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint"),
@@ -76,6 +77,9 @@ class C2CConfig(PreTrainedConfig):
         fuser_intermediate_size: Width inside the fuser's feed-forward blocks.
         num_fuser_layers: Depth of the fuser, input projection included; at least 2.
         fuser_dropout: Dropout in the feed-forward blocks while training.
+        fuser_initialization: How a new fuser changes nothing. `"shut_gates"`: all gates at logit 0, which is shut at
+            inference, in front of random output layers (arXiv 2510.03215); training starts by adding noise.
+            `"zero_output"`: gates open at logit 1 in front of output layers that are zero, as LoRA starts.
         initial_gate_temperature: Temperature of the gates when training starts.
         final_gate_temperature: Temperature of the gates when training ends; between them it decays exponentially.
         layer_alignment: `"terminal"` or `"depth_normalized"`, see [`layer_mapping`].
@@ -110,6 +114,7 @@ class C2CConfig(PreTrainedConfig):
     fuser_intermediate_size: int | list[int] = 1024
     num_fuser_layers: int | list[int] = 3
     fuser_dropout: float | list[float] = 0.1
+    fuser_initialization: str = "shut_gates"
     initial_gate_temperature: float = 1.0
     final_gate_temperature: float = 0.001
     layer_alignment: str = "terminal"
@@ -129,6 +134,7 @@ class C2CConfig(PreTrainedConfig):
     def _check_fields(self) -> None:
         for field, allowed in (
             ("fuser_type", FUSER_TYPES),
+            ("fuser_initialization", FUSER_INITIALIZATIONS),
             ("layer_alignment", LAYER_ALIGNMENTS),
             ("context_mode", CONTEXT_MODES),
             ("fusion_mode", FUSION_MODES),

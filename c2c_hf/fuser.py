@@ -255,6 +255,8 @@ class Fuser(nn.Module):
             groups.setdefault((sharer_widths[source], receiver_widths[entry], num_heads), []).append(entry)
         sizes = config.fuser_sizes(sharer_index)
         self.groups: Any = nn.ModuleList(FuserGroup(entries, *shape, sizes) for shape, entries in groups.items())
+        if config.fuser_initialization == "zero_output":
+            self._start_open()
         self.register_buffer("gate_temperature", torch.tensor(float(config.initial_gate_temperature)))
 
     def forward(
@@ -281,6 +283,13 @@ class Fuser(nn.Module):
             for entry, entry_change in zip(entries, change.unbind(0), strict=True):
                 changes[entry] = entry_change
         return changes
+
+    def _start_open(self) -> None:
+        """Open all gates in front of output layers that are zero: a new fuser changes nothing all the same."""
+        for group in self.groups:
+            nn.init.ones_(group.gate.gate_logit)
+            for parameter in group.projector.out_proj.parameters():
+                nn.init.zeros_(parameter)
 
     def is_open(self) -> bool:
         """Say whether the fuser can change anything now."""

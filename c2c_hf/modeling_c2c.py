@@ -8,6 +8,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ._compat import CACHE_ARGUMENT, accepts_argument
+from .adapters import trains
 from .cache import C2CCache
 from .fusion import FusionPlan, fuse_states, plan_fusion
 from .generation import C2CGenerationMixin
@@ -249,21 +250,24 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
         if inputs["inputs_embeds"] is None:
             del inputs["inputs_embeds"]
         keep = plan.end - first_kept if needed else 0
+        learns = trains(self.receiver)
         if self.config.fuse_response and isinstance(cache, C2CCache):
             if past_length > 0 and cache.clean_cache is None:
                 raise ValueError(
                     "`cache`: with `fuse_response=True` a cache can only be continued if it was filled with response "
                     "fusion from the start, but this one was not; start with an empty one."
                 )
-            logits = prefill(self.receiver, cache.keep_clean(), logits_to_keep=keep, **inputs)
+            logits = prefill(self.receiver, cache.keep_clean(), logits_to_keep=keep, with_gradient=learns, **inputs)
             states = cached_states(cache.keep_clean())
             return [(k[:, :, past_length:].clone(), v[:, :, past_length:].clone()) for k, v in states], logits
         if past_length == 0:
             scratch = full_length_cache()
-            logits = prefill(self.receiver, scratch, logits_to_keep=keep, **inputs)
-            return cached_states(scratch), logits
+            logits = prefill(self.receiver, scratch, logits_to_keep=keep, with_gradient=learns, **inputs)
+            states = cached_states(scratch)
+            # Autograd keeps what attention has read, and fusing changes it in place.
+            return [(keys.clone(), values.clone()) for keys, values in states] if learns else states, logits
         recording = RecordingCache(cache.receiver_cache if isinstance(cache, C2CCache) else cache)
-        logits = prefill(self.receiver, recording, logits_to_keep=keep, **inputs)
+        logits = prefill(self.receiver, recording, logits_to_keep=keep, with_gradient=learns, **inputs)
         return recording.recorded, logits
 
     def _sharer_texts(

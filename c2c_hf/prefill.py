@@ -61,7 +61,6 @@ class RecordingCache(Cache):
         return self._copied.update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-@torch.no_grad()
 def prefill(
     model: PreTrainedModel,
     cache: Cache,
@@ -69,9 +68,10 @@ def prefill(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     logits_to_keep: int = 0,
+    with_gradient: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Read a text without gradient; its key/value states go into `cache`.
+    """Read a text; its key/value states go into `cache`.
 
     Args:
         model: The frozen causal language model.
@@ -80,6 +80,7 @@ def prefill(
         attention_mask: `(batch_size, past_len + seq_len)`, or `None` without padding.
         position_ids: `(batch_size, seq_len)`, or `None`: left to the model.
         logits_to_keep: Number of last positions whose logits are wanted. 0: none, and the head does not run.
+        with_gradient: Whether gradients may flow, which an adapter in training asks for.
         **kwargs: Passed on to the model.
 
     Returns:
@@ -90,9 +91,10 @@ def prefill(
     if logits_to_keep and accepts_argument(model, "logits_to_keep"):
         kwargs["logits_to_keep"] = logits_to_keep
     body = model if logits_to_keep else model.base_model
-    outputs = body(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{CACHE_ARGUMENT: cache}, **kwargs
-    )
+    with torch.set_grad_enabled(with_gradient):
+        outputs = body(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{CACHE_ARGUMENT: cache}, **kwargs
+        )
     return outputs.logits[:, -logits_to_keep:] if logits_to_keep else None
 
 

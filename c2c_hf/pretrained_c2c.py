@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, save_adapter, set_adapter_mode
 from .alignment import build_token_table, own_bos_token_id
 from .configuration_c2c import C2CConfig
 from .fuser import Fuser
@@ -256,12 +257,11 @@ class C2CPreTrainedModel(PreTrainedModel):
                 role, found = "receiver" if index == 0 else "sharers", fingerprint(model)
                 check_base_model(role, "weights' fingerprint", fingerprints[index], found, _VERIFY_HINT)
                 if found is None and fingerprints[index] is not None:
-                    logger.warning(
-                        "The weights of %s %r were not compared (see `fingerprint`).", role, model.name_or_path
-                    )
+                    logger.warning("The weights of %s %r were not compared (`fingerprint`).", role, model.name_or_path)
         weights = load_fuser_weights(pretrained_model_name_or_path, hub_kwargs)
         check_fuser_weights(weights, built._own_state_dict())
         built.load_state_dict(weights, strict=False)
+        load_adapter(built.receiver, pretrained_model_name_or_path, hub_kwargs)
         built.name_or_path = config.name_or_path
         return built.eval()
 
@@ -282,7 +282,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         is_main_process: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Save configuration and fuser, never a base model's weight.
+        """Save configuration and fuser, never a base model's weight; the receiver's PEFT adapter, if it has one.
 
         The files are written beside their places first and moved there when all are complete, so that a save which is
         interrupted leaves what stood there before.
@@ -305,19 +305,21 @@ class C2CPreTrainedModel(PreTrainedModel):
             staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
             try:
                 super().save_pretrained(staging, state_dict=self._own_state_dict(state_dict), **kwargs)
-                written = sorted(staging.iterdir(), key=lambda path: path.suffix != ".safetensors")
-                stale = {path.name for path in target.glob("model*.safetensors*")} - {path.name for path in written}
-                for path in written:
-                    path.replace(target / path.name)
-                for name in stale:
-                    (target / name).unlink()
+                if has_adapter(self.receiver):
+                    save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+                files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+                found = {*target.glob("model*.safetensors*"), *target.glob(f"{ADAPTER_FOLDER}/adapter_*")}
+                for file in sorted(files, key=lambda file: file.suffix != ".safetensors"):
+                    (target / file).parent.mkdir(exist_ok=True)
+                    (staging / file).replace(target / file)
+                for path in found - {target / file for file in files}:
+                    path.unlink()
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", target.name)
-            self.push_to_hub(
-                repo_id, **{key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs}
-            )
+            options = {key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs}
+            self.push_to_hub(repo_id, **options)
 
     @contextmanager
     def alone(self) -> Iterator["C2CPreTrainedModel"]:
@@ -332,9 +334,9 @@ class C2CPreTrainedModel(PreTrainedModel):
         """Leave all weights as they are: base models come initialised, fusers initialise themselves."""
 
     def train(self, mode: bool = True) -> "C2CPreTrainedModel":
-        """Set the fuser's mode; base models stay in evaluation mode."""
+        """Set the mode of the fuser and of an adapter's dropout; base models stay in evaluation mode."""
         super().train(mode)
-        self.receiver.eval()
+        set_adapter_mode(self.receiver.eval(), mode)
         self.sharers.eval()
         return self
 

@@ -1,33 +1,31 @@
 """`C2CTrainer`: trains a fuser with the Trainer of transformers."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
-from .collation import C2CDataCollator, as_list, other_rows, random_spans
+from .adapters import add_adapter
+from .collation import C2CDataCollator, as_list, random_spans
 from .fuser import FuserGroup
 from .modeling_c2c import C2CForCausalLM
 from .processing_c2c import C2CProcessor
 from .training_arguments import C2CTrainingArguments
-from .weights import check_fuser_weights, load_fuser_weights
-
-_STATE_FILE = "trainer_state.json"
-_STAGING_FOLDER = ".incomplete"
+from .training_checkpoints import STATE_FILE, CheckpointingTrainer
+from .training_losses import choice_losses, guard_loss, shifted
 
 
-class C2CTrainer(Trainer):
+class C2CTrainer(CheckpointingTrainer):
     """Trains the fuser of a [`C2CForCausalLM`]; base models stay as they are.
 
     The temperature of the gates follows the global step, exponentially from the configuration's
     `initial_gate_temperature` to its `final_gate_temperature` over the run's real number of steps. Evaluation uses
     hard gates. Besides the loss it logs `gates_open_key` and `gates_open_value` (share of the gates that are open at
-    inference), `mean_weight` (of the dynamic weights), `guard_loss` (per token, unweighted), `gate_temperature` and
+    inference), `mean_weight` (of the dynamic weights), `guard_loss` (per token, unweighted),
+    `choice_loss` (per question), `gate_temperature` and
     `tokens_per_second` (the receiver's tokens, prompts included, of all processes).
 
     A checkpoint holds the fuser, never a base model. It is written beside its place and moved there when complete, so
@@ -40,17 +38,18 @@ class C2CTrainer(Trainer):
         train_dataset: Examples of [`~training_data.prepare_dataset`].
         eval_dataset: The same, or a dictionary of them.
         processing_class: The pair's processor; saved with every checkpoint.
+        peft_config: A `peft.LoraConfig` or the like: an adapter of the receiver is trained with the fuser, or with
+            `train_fuser=False` in its place, and saved beside it. `None`: no new adapter.
         **kwargs: Further arguments of [`~transformers.Trainer`].
 
     Raises:
         TypeError: The model is none of ours.
+        ValueError: Nothing to train: `train_fuser=False` without an adapter.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which has no place here.
     """
 
     args: C2CTrainingArguments
     processing_class: Any
-    #: Whether a checkpoint is being written, and then beside its place.
-    _staging = False
 
     def __init__(
         self,
@@ -60,6 +59,7 @@ class C2CTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: C2CProcessor | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, C2CForCausalLM):
@@ -72,6 +72,13 @@ class C2CTrainer(Trainer):
             if processing_class is None:
                 raise ValueError("Either `processing_class` or `data_collator` must be given, but got neither.")
             data_collator = C2CDataCollator(processing_class)
+        if peft_config is not None:
+            add_adapter(model.receiver, peft_config)
+        if not args.train_fuser:
+            model.fuser.requires_grad_(False)
+            model.fusion_enabled = False
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise ValueError("`train_fuser=False` leaves nothing to train; give a `peft_config`.")
         super().__init__(
             model=model,
             args=args,
@@ -89,9 +96,9 @@ class C2CTrainer(Trainer):
         self._processor: Any = processing_class
         self._weights: list[torch.Tensor] = []
         self._guards: list[torch.Tensor] = []
+        self._choices: list[torch.Tensor] = []
         self._tokens = 0
         self._clock = 0.0
-        self._hub_checkpoint: str | None = None
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Move the model, or the fuser alone where `device_map` has placed a base model."""
@@ -124,10 +131,10 @@ class C2CTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if resume_from_checkpoint in ("true", "True"):  # from a command line
             resume_from_checkpoint = True
-        if isinstance(resume_from_checkpoint, str) and not (Path(resume_from_checkpoint) / _STATE_FILE).is_file():
+        if isinstance(resume_from_checkpoint, str) and not (Path(resume_from_checkpoint) / STATE_FILE).is_file():
             raise ValueError(
                 f"`resume_from_checkpoint`: {resume_from_checkpoint!r} is no complete checkpoint, since it has no "
-                f"{_STATE_FILE}; name a folder `checkpoint-<step>`, or `True` for the last one."
+                f"{STATE_FILE}; name a folder `checkpoint-<step>`, or `True` for the last one."
             )
         # The trainer would write the tokenizer's special tokens into the configurations of the base models.
         self._processor, self.processing_class = self.processing_class, None
@@ -177,6 +184,7 @@ class C2CTrainer(Trainer):
             ValueError: In training, a loss that is not finite; the message shows the text of the row.
         """
         inputs, labels = dict(inputs), inputs["labels"]
+        wrong, wrong_rows = inputs.pop("wrong_answer_ids", None), inputs.pop("wrong_answer_rows", None)
         training = self.model.training
         if training and self.args.fused_share_min < 1.0:  # type: ignore[operator]
             inputs["sharer_alignment"] = random_spans(
@@ -184,20 +192,27 @@ class C2CTrainer(Trainer):
             )
         # The loss is ours, so that rows and tokens are known; response fusion asks the labels where answers start.
         asked = {"use_cache": False, "labels": labels if self.model.config.fuse_response else None}
-        outputs = model(**{**inputs, **asked})
-        shifted, logits = _shift(labels, outputs.logits)
-        smoothing = self.args.label_smoothing_factor if training else 0.0
-        losses = nn.functional.cross_entropy(
-            logits.transpose(1, 2), shifted, ignore_index=-100, reduction="none", label_smoothing=smoothing
-        )
+        choice = None
+        if training and self.args.choice_weight and wrong is not None and not return_outputs:
+            outputs, (losses, choice) = None, choice_losses(self.model, model, inputs, wrong, wrong_rows)
+        else:
+            outputs = model(**{**inputs, **asked})
+            targets, logits = shifted(labels, outputs.logits)
+            smoothing = self.args.label_smoothing_factor if training else 0.0
+            losses = nn.functional.cross_entropy(
+                logits.transpose(1, 2), targets, ignore_index=-100, reduction="none", label_smoothing=smoothing
+            )
         if training and not bool(torch.isfinite(losses.detach().sum())):
             self._stop(inputs, losses)
-        total = losses.sum()
+        total, answer_tokens = losses.sum(), (labels[:, 1:] != -100).sum()
+        if choice is not None:
+            total = total + float(self.args.choice_weight or 0) * choice.sum()
+            self._choices.append(choice.detach().mean())
         if training and self.args.guard_weight and len(labels) > 1:
-            guard = self._guard_loss(inputs, asked, labels)
+            guard = guard_loss(self.model, inputs, asked, labels)
             total = total + self.args.guard_weight * guard
-            self._guards.append(guard.detach() / (shifted != -100).sum())
-        count = (shifted != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            self._guards.append(guard.detach() / answer_tokens)
+        count = answer_tokens if num_items_in_batch is None else num_items_in_batch
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is that of all processes, whose gradients are averaged.
@@ -206,17 +221,6 @@ class C2CTrainer(Trainer):
             # A sharer that no row reads takes part with gradient 0, which distributed training waits for.
             loss = loss + 0.0 * sum(p.sum() for p in self.model.fuser.parameters())
         return (loss, outputs) if return_outputs else loss
-
-    def _guard_loss(self, inputs: dict[str, Any], asked: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
-        """Return KL(receiver alone || fused with another row's sharers), summed over the answer tokens."""
-        with torch.no_grad(), self.model.alone():
-            alone = self.model(**{**inputs, **asked, "labels": None}).logits
-        fused = self.model(**{**other_rows(inputs), **asked}).logits
-        shifted, alone = _shift(labels, alone)
-        _, fused = _shift(labels, fused)
-        answers = shifted != -100
-        alone, fused = alone[answers].log_softmax(-1), fused[answers].log_softmax(-1)
-        return nn.functional.kl_div(fused, alone, reduction="sum", log_target=True)
 
     def _stop(self, inputs: dict[str, Any], losses: torch.Tensor) -> NoReturn:
         row = int((~torch.isfinite(losses)).any(1).nonzero()[0])
@@ -241,7 +245,11 @@ class C2CTrainer(Trainer):
         """Log, and beside a training loss what the fuser does."""
         if "loss" in logs:
             logs.update(self.gates_open())
-            for name, values in (("mean_weight", self._weights), ("guard_loss", self._guards)):
+            for name, values in (
+                ("mean_weight", self._weights),
+                ("guard_loss", self._guards),
+                ("choice_loss", self._choices),
+            ):
                 if values:
                     logs[name] = float(torch.stack(values).mean())
                     values.clear()
@@ -268,77 +276,3 @@ class C2CTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
         finally:
             self._clock += time.perf_counter() - start
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / _STAGING_FOLDER) if self._staging else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and move it there when every process has written its part."""
-        start = time.perf_counter()
-        run_dir = Path(self._get_output_dir(trial))
-        staging = run_dir / _STAGING_FOLDER
-        name = f"checkpoint-{self.state.global_step}"
-        if self.is_local_process_zero():
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        if self.state.best_model_checkpoint == str(staging / name):
-            self.state.best_model_checkpoint = str(run_dir / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / name / _STATE_FILE))
-        self.accelerator.wait_for_everyone()
-        # On a shared disk there is nothing left for the second; elsewhere each machine moves its own part.
-        if self.is_world_process_zero():
-            _move_into_place(staging, name, run_dir)
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero():
-            _move_into_place(staging, name, run_dir)
-        self.accelerator.wait_for_everyone()
-        if self._hub_checkpoint is not None:
-            self._hub_checkpoint = None
-            super()._push_from_checkpoint(str(run_dir / name))
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-        self._clock += time.perf_counter() - start
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Uploads run in the background, so they wait until the checkpoint is where it stays.
-        self._hub_checkpoint = checkpoint_folder
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        weights = load_fuser_weights(resume_from_checkpoint, {})
-        check_fuser_weights(weights, self.model._own_state_dict())
-        self.model.load_state_dict(weights, strict=False)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-def _shift(labels: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the labels that the last logits but one predict, and those logits in float32."""
-    length = logits.shape[1] - 1
-    return labels[:, labels.shape[1] - length :].to(logits.device), logits[:, :-1].float()
-
-
-def _move_into_place(staging: Path, name: str, run_dir: Path) -> None:
-    if not (staging / name).is_dir():
-        return
-    if (run_dir / name).exists():
-        (run_dir / name).rename(staging / f"old-{name}")
-    (staging / name).rename(run_dir / name)
-    shutil.rmtree(staging, ignore_errors=True)

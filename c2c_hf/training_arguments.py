@@ -9,8 +9,8 @@ from .fuser import GATE_NOISES
 
 #: What each preset means for the fields that are left at `None`.
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"gate_noise": "logistic", "fused_share_min": 1.0, "guard_weight": 0.0},
-    "paper": {"gate_noise": "gumbel", "fused_share_min": 1.0, "guard_weight": 0.0},
+    "default": {"gate_noise": "logistic", "fused_share_min": 1.0, "guard_weight": 0.0, "choice_weight": 0.0},
+    "paper": {"gate_noise": "gumbel", "fused_share_min": 1.0, "guard_weight": 0.0, "choice_weight": 0.0},
 }
 
 
@@ -31,6 +31,12 @@ class C2CTrainingArguments(TrainingArguments):
             token, where every row's sharers read the text of another row in the batch (the k-th fused position reads
             what that row's k-th reads, from the start again at its end). It teaches the fuser not to draw on sharers
             that read something else. Costs two more passes of the receiver. 0: off. Default and paper 0.
+        choice_weight: Weight of the choice loss of multiple choice questions: the cross-entropy of the right answer
+            among all, each scored by its mean log-likelihood per token (the length-normalised loss of arXiv
+            2205.05638), one per question, added to the sum over the answer tokens before that is averaged. Needs an
+            answer format that tells choices apart, such as `"text"`. 0: off. Default and paper 0.
+        train_fuser: Off, the fuser stays as it is and fusion is off: what is left to train is the `peft_config` of
+            [`C2CTrainer`], the baseline of a receiver that was tuned on the same data without any sharer.
 
     Defaults that differ from those of [`~transformers.TrainingArguments`]:
 
@@ -58,6 +64,8 @@ class C2CTrainingArguments(TrainingArguments):
     gate_noise: str | None = field(default=None, metadata={"help": f"One of {', '.join(GATE_NOISES)}."})
     fused_share_min: float | None = field(default=None, metadata={"help": "Smallest share of positions that fuse."})
     guard_weight: float | None = field(default=None, metadata={"help": "Weight of the guard loss."})
+    choice_weight: float | None = field(default=None, metadata={"help": "Weight of the choice loss."})
+    train_fuser: bool = field(default=True, metadata={"help": "Off: train the receiver's adapter alone."})
 
     # Optimization
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate."})
@@ -87,8 +95,12 @@ class C2CTrainingArguments(TrainingArguments):
             raise ValueError(f"`gate_noise` must be one of {list(GATE_NOISES)}, but got {self.gate_noise!r}.")
         if self.fused_share_min is None or not 0.0 < self.fused_share_min <= 1.0:
             raise ValueError(f"`fused_share_min` must be in (0, 1], but got {self.fused_share_min!r}.")
-        if self.guard_weight is None or not self.guard_weight >= 0.0:
-            raise ValueError(f"`guard_weight` must be at least 0, but got {self.guard_weight!r}.")
+        for name in ("guard_weight", "choice_weight"):
+            value = getattr(self, name)
+            if value is None or not value >= 0.0:
+                raise ValueError(f"`{name}` must be at least 0, but got {value!r}.")
+        if self.choice_weight and self.label_smoothing_factor:
+            raise ValueError("`choice_weight` and `label_smoothing_factor` do not go together: set one of them to 0.")
         if self.guard_weight and self.per_device_train_batch_size < 2:
             raise ValueError(
                 "`guard_weight` needs other rows in the batch: `per_device_train_batch_size` must be at least 2, but "

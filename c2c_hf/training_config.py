@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from .modeling_c2c import C2CForCausalLM
@@ -36,8 +37,13 @@ class ModelArguments:
         fuser_intermediate_size: See there.
         num_fuser_layers: See there.
         fuser_dropout: See there.
+        fuser_initialization: See there.
         initial_gate_temperature: See there.
         final_gate_temperature: See there.
+        lora_rank: Train a LoRA of this rank on the receiver, too (with `train_fuser: false` nothing else).
+        lora_alpha: Its scale; default twice the rank.
+        lora_dropout: Its dropout.
+        lora_target_modules: Names of the layers that get one; default every linear layer.
 
     Raises:
         ValueError: No pair is named, or two are.
@@ -59,8 +65,13 @@ class ModelArguments:
     fuser_intermediate_size: int = 1024
     num_fuser_layers: int = 3
     fuser_dropout: float = 0.1
+    fuser_initialization: str = "shut_gates"
     initial_gate_temperature: float = 1.0
     final_gate_temperature: float = 0.001
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("receiver_kwargs", "sharer_kwargs"):
@@ -94,6 +105,7 @@ class ModelArguments:
             "fuser_intermediate_size",
             "num_fuser_layers",
             "fuser_dropout",
+            "fuser_initialization",
             "initial_gate_temperature",
             "final_gate_temperature",
         )
@@ -102,6 +114,18 @@ class ModelArguments:
         model = C2CForCausalLM.from_receiver_and_sharers(**fields)
         processor = C2CProcessor.from_receiver_and_sharers(pair[0], pair[1], self.token_alignment, **base_kwargs)
         return model, processor
+
+    def peft_config(self) -> LoraConfig | None:
+        """Return the adapter that is asked for, if one is."""
+        if self.lora_rank is None:
+            return None
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
 
 
 class _Parser(HfArgumentParser):

@@ -27,7 +27,7 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
     index_path = _find(name, SAFE_WEIGHTS_INDEX_NAME, hub_kwargs)
     single_path = _find(name, SAFE_WEIGHTS_NAME, hub_kwargs)
     if single_path is not None:
-        return _read_safetensors(single_path)
+        return read_safetensors(single_path)
     if index_path is None:
         raise OSError(
             f"`pretrained_model_name_or_path`: {name!r} holds no {SAFE_WEIGHTS_NAME}, so it is no saved fuser."
@@ -45,7 +45,7 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
         path = _find(name, shard, hub_kwargs)
         if path is None:
             raise OSError(f"{name!r} lacks the shard {shard}; download or save it anew.")
-        weights.update(_read_safetensors(path))
+        weights.update(read_safetensors(path))
     return weights
 
 
@@ -60,7 +60,12 @@ def _find(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
     )
 
 
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
+def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """Read one file.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     try:
         return load_file(path)
     except SafetensorError as error:

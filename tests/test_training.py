@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from test_training_data import CHATS, chat_rows, make_processor, write_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.trainer_utils import get_last_checkpoint
 
 from c2c_hf import C2CDataCollator, C2CForCausalLM, C2CTrainer, C2CTrainingArguments
+from c2c_hf.adapters import ADAPTER_FOLDER, has_adapter
 from c2c_hf.cli import main
 from c2c_hf.collation import other_rows, random_spans
 from c2c_hf.fuser import Gate
 from c2c_hf.training_config import ModelArguments, parse_training_config
 from c2c_hf.training_data import prepare_dataset
+from c2c_hf.training_losses import guard_loss
 
 PROCESSOR = make_processor()
 _SIZES = {
@@ -74,8 +77,9 @@ def make_trainer(folder: Path | str, model: C2CForCausalLM | None = None, **argu
     processor = make_processor(sharers=model.config.num_sharers)
     examples = prepare_dataset(chat_rows(QUESTIONS), processor)
     fields = {"per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    peft_config = arguments.pop("peft_config", None)
     args = C2CTrainingArguments(output_dir=str(folder), use_cpu=True, **{**fields, **arguments})
-    return C2CTrainer(model, args, None, examples, examples, processor)
+    return C2CTrainer(model, args, None, examples, examples, processor, peft_config)
 
 
 def losses(trainer: C2CTrainer) -> list[float]:
@@ -324,9 +328,9 @@ def test_guard_loss(tmp_path: Path) -> None:
     model, batch = trainer.model, trainer.data_collator(list(trainer.train_dataset)[:3])
     asked = {"use_cache": False, "labels": None}
     model.eval()
-    assert float(trainer._guard_loss(batch, asked, batch["labels"])) == pytest.approx(0.0, abs=1e-4)
+    assert float(guard_loss(model, batch, asked, batch["labels"])) == pytest.approx(0.0, abs=1e-4)
     model.train()
-    guard = trainer._guard_loss(batch, asked, batch["labels"])
+    guard = guard_loss(model, batch, asked, batch["labels"])
     assert float(guard) > 1e-4
     guard.backward()
     assert all(p.grad is not None for p in model.fuser.parameters())
@@ -530,6 +534,22 @@ def test_command_line(tmp_path: Path, saved_pair: tuple[str, str], capsys: pytes
     assert "--learning_rat" in capsys.readouterr().err
 
 
+def test_command_line_of_the_baseline(
+    tmp_path: Path, saved_pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`c2c train` with `lora_rank` and `train_fuser: false`: the baseline, end to end."""
+    data = write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in QUESTIONS])
+    config = {"receiver": saved_pair[0], "sharers": [saved_pair[1]], "train_data": [data], "use_cpu": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "max_steps": 2, "train_fuser": False}))
+    words = ["train", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "run"), "--lora_rank", "4"]
+    assert main(words) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / ADAPTER_FOLDER / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, saved_pair[0])
+    assert has_adapter(C2CForCausalLM.from_pretrained(tmp_path / "run").receiver)
+    assert main([*words[:-2]]) == 1
+    assert "leaves nothing to train" in capsys.readouterr().err
+
+
 def test_config_files(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(
@@ -585,3 +605,58 @@ if __name__ == "__main__":
     # The killed run computes as the test does that compares with it.
     torch.set_num_threads(1 if sys.argv[1] == "distributed" else 2)
     {"distributed": _distributed, "killed": _killed}[sys.argv[1]](*sys.argv[2:])
+
+
+def choice_trainer(folder: Path, model: C2CForCausalLM, **arguments) -> C2CTrainer:
+    rows = [
+        {"question": "Who is at the lighthouse?", "choices": ["the keeper", "ships", "nobody at all"], "answer": 0},
+        {"question": "What is blue?", "choices": ["autumn", "the sky"], "answer": 1},
+        {"question": "When do ships come?", "choices": ["before breakfast", "hello", "Paris", "never"], "answer": 0},
+    ]
+    trainer = make_trainer(folder, model, **arguments)
+    template = {"answer_format": "text", "question_template": "Question: {question}\nAnswer:", "plain_choices": True}
+    trainer.train_dataset = prepare_dataset(Dataset.from_list(rows), trainer.processing_class, **template)
+    return trainer
+
+
+def test_choice_loss_is_that_of_every_answer_by_itself(tmp_path: Path) -> None:
+    """Prompts read once and answers going on from their cache: as one pass over each prompt with each answer."""
+    model = make_model(sharers=2, fuser_initialization="zero_output", fuser_dropout=0.0)
+    torch.manual_seed(0)
+    for parameter in model.fuser.parameters():
+        parameter.data.normal_(0, 0.3)
+    trainer = choice_trainer(tmp_path, model, choice_weight=2.0, gate_noise="none")
+    examples, collate = list(trainer.train_dataset), trainer.data_collator
+    model.train()
+    loss = trainer.compute_loss(model, collate(examples))
+    total, tokens = 0.0, 0
+    for example in examples:
+        means = []
+        for answer in [example["answer_ids"], *example["wrong_answer_ids"]]:
+            batch = collate([{**example, "answer_ids": answer, "wrong_answer_ids": []}])
+            assert "wrong_answer_ids" not in batch
+            means.append(-model(**batch, use_cache=False).loss)
+        total += means[0].item() * -len(example["answer_ids"])
+        total += 2.0 * -torch.stack(means).log_softmax(0)[0].item()
+        tokens += len(example["answer_ids"])
+    assert float(loss) == pytest.approx(total / tokens, abs=1e-4)
+    loss.backward()
+    assert all(p.grad is not None for p in model.fuser.parameters())
+
+
+def test_choices_are_learned(tmp_path: Path) -> None:
+    fields = {"max_steps": 30, "learning_rate": 2e-2, "per_device_train_batch_size": 3, "gate_noise": "none"}
+    sizes = {"fuser_hidden_size": 32, "fuser_initialization": "zero_output", "fuser_dropout": 0.0}
+    trainer = choice_trainer(tmp_path, make_model(**sizes), choice_weight=1.0, **fields)
+    trainer.train()
+    choices = [entry["choice_loss"] for entry in trainer.state.log_history if "choice_loss" in entry]
+    assert choices[-1] < 0.2 < choices[0]
+
+
+def test_zero_output_starts_as_the_receiver_with_open_gates(tmp_path: Path) -> None:
+    model = make_model(fuser_initialization="zero_output")
+    trainer = make_trainer(tmp_path, model)
+    assert trainer.gates_open() == {"gates_open_key": 1.0, "gates_open_value": 1.0}
+    fused = trainer.evaluate()["eval_loss"]
+    with model.alone():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(fused, abs=1e-6)
