@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-TOKEN_ALIGNMENTS = ("identity", "first", "longest", "span")
 REPLACEMENT_CHARACTER = "\ufffd"
 #: The order of the reference: where two roles share an id, the later one decides.
 ROLES = ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")

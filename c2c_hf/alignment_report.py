@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .alignment import TOKEN_ALIGNMENTS, align_spans, build_token_table, check_choice, decode_each
+from .alignment import align_spans, build_token_table, check_choice, decode_each
+from .configuration_c2c import TOKEN_ALIGNMENTS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 LAYER_ALIGNMENTS = ("terminal", "depth_normalized")
 TOKEN_ALIGNMENTS = ("identity", "first", "longest", "span")
-CONTEXT_MODES = ("slice",)
+CONTEXT_MODES = ("slice", "memory")
 FUSION_MODES = ("parallel", "sequential")
 FUSER_TYPES = ("c2c",)
 FUSER_INITIALIZATIONS = ("shut_gates", "zero_output")
@@ -85,7 +85,14 @@ class C2CConfig(PreTrainedConfig):
         layer_alignment: `"terminal"` or `"depth_normalized"`, see [`layer_mapping`].
         token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`: how a receiver token finds the sharer token
             it reads. One value per sharer where they differ.
-        context_mode: `"slice"`: a sharer-only context reaches the receiver through the aligned positions.
+        context_mode: How a sharer-only context reaches the receiver. `"slice"`: through the aligned positions of the
+            text that both read. `"memory"`: its tokens' states take positions of their own in the receiver's cache;
+            what both read is not fused then.
+        memory_source_layers: Number of sharer layers, around its relative depth, that each receiver layer's memory is
+            made from.
+        memory_sink_tokens: Number of the receiver's own tokens in front of the memory, its attention sink.
+        memory_rank: Width of the bottleneck of the maps. `None`: full rank.
+        memory_hidden_size: Width of the residual network beside the maps. 0: none.
         fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's
             own states, `"sequential"` hands each fuser what the one before it made.
         sharer_bos_token_ids: The token with which each sharer's text starts under `"first"` and `"longest"`, where the
@@ -121,6 +128,10 @@ class C2CConfig(PreTrainedConfig):
     token_alignment: str | list[str] = "span"
     sharer_bos_token_ids: list[int | None] | None = None
     context_mode: str = "slice"
+    memory_source_layers: int = 3
+    memory_sink_tokens: int = 1
+    memory_rank: int | None = None
+    memory_hidden_size: int = 0
     fusion_mode: str = "parallel"
     fuse_response: bool = False
 
@@ -148,13 +159,21 @@ class C2CConfig(PreTrainedConfig):
                 "`fuse_response=True` needs a `token_alignment` that goes token by token ('identity', 'first' or "
                 f"'longest'), but got {self.token_alignment!r}."
             )
+        if self.context_mode == "memory" and set(alignments) != {"span"}:
+            raise ValueError(
+                f"`context_mode='memory'` needs `token_alignment='span'`, but got {self.token_alignment!r}: a sharer "
+                "reads a text of its own."
+            )
+        for field, smallest in (("memory_source_layers", 1), ("memory_sink_tokens", 0), ("memory_hidden_size", 0)):
+            _check_integer(field, getattr(self, field), smallest)
+        if self.memory_rank is not None:
+            _check_integer("memory_rank", self.memory_rank, 1)
         for field in ("sharer_names_or_paths", "sharer_revisions", "sharer_fingerprints", "sharer_bos_token_ids"):
             if getattr(self, field) is not None:
                 self._per_sharer(field)
         for field, smallest in (("fuser_hidden_size", 1), ("fuser_intermediate_size", 1), ("num_fuser_layers", 2)):
             for value in self._per_sharer(field):
-                if not isinstance(value, int) or value < smallest:
-                    raise ValueError(f"`{field}` must be an integer of at least {smallest}, but got {value!r}.")
+                _check_integer(field, value, smallest)
         for value in self._per_sharer("fuser_dropout"):
             if not isinstance(value, float | int) or not 0.0 <= value < 1.0:
                 raise ValueError(f"`fuser_dropout` must be in [0, 1), but got {value!r}.")
@@ -249,6 +268,11 @@ def _as_dict(config: PreTrainedConfig | None) -> dict[str, Any] | None:
     return {
         key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
     }
+
+
+def _check_integer(field: str, value: Any, smallest: int) -> None:
+    if not isinstance(value, int) or value < smallest:
+        raise ValueError(f"`{field}` must be an integer of at least {smallest}, but got {value!r}.")
 
 
 def _check_choice(field: str, value: Any, allowed: Sequence[str]) -> None:

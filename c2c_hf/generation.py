@@ -7,7 +7,8 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ._compat import CACHE_ARGUMENT, pop_cache
 from .configuration_c2c import C2CConfig
-from .texts import last_prompt_positions, leave_out, texts_as_given, texts_from_tokens
+from .memory import hide_slots
+from .texts import last_prompt_positions, leave_out, per_sharer, texts_as_given, texts_from_tokens
 
 SHARER_ARGUMENTS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
 
@@ -68,6 +69,11 @@ class C2CGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`prefill_chunk_size` must be None, but got {chunk_size}: fusion needs the prompt read as a whole."
             )
+        alignments = kwargs.get("sharer_alignment")
+        if self.config.context_mode == "memory" and not self.fusion_enabled and alignments is not None:
+            alignments = per_sharer(self.config, "sharer_alignment", alignments)
+            mask = kwargs.get("attention_mask")
+            kwargs["attention_mask"] = hide_slots(torch.ones_like(alignments[0]) if mask is None else mask, alignments)
         return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(
@@ -79,7 +85,7 @@ class C2CGenerationMixin(GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         # The first hook that sees both ids and mask: from here on the prompt's end must be known, because assisted
         # decoding appends its candidates before the prefill.
-        if self.fusion_enabled and input_ids is not None:
+        if self.fusion_enabled and self.config.context_mode != "memory" and input_ids is not None:
             self._complete_sharer_inputs(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

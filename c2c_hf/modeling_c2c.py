@@ -12,6 +12,7 @@ from .adapters import trains
 from .cache import C2CCache
 from .fusion import FusionPlan, fuse_states, plan_fusion
 from .generation import C2CGenerationMixin
+from .memory_pass import C2CMemoryMixin
 from .passes import check_length, fill_cache, join_logits, new_length, slice_inputs, states_from
 from .prefill import (
     LayerStates,
@@ -37,7 +38,7 @@ from .texts import (
 )
 
 
-class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
+class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
     """A receiver, its sharers and the fusers between them (Cache-to-Cache, arXiv 2510.03215).
 
     The prompt is read by every model; the fused states enter the receiver's cache; everything after them, the answer
@@ -112,8 +113,13 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CGenerationMixin):
             "position_ids": position_ids,
         }
         plan, texts = None, []
-        if self.fusion_enabled:
-            sharer_inputs = (sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids)
+        sharer_inputs = (sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids)
+        if self.config.context_mode == "memory":
+            texts = self._memory_texts(receiver_inputs, cache, sharer_inputs)
+            if texts:
+                arguments = (receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+                return self._receive_memory(texts, *arguments)
+        elif self.fusion_enabled:
             texts = self._sharer_texts(receiver_inputs, labels, cache, sharer_inputs)
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 receiver_inputs["position_ids"] = position_ids_from_mask(attention_mask)[:, -tokens.shape[1] :]

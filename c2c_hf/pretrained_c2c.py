@@ -28,6 +28,7 @@ from .loading import (
     record_layer_shapes,
     resolve_alignments,
 )
+from .memory_fuser import MemoryFuser
 from .prefill import input_device
 from .pretrained_processor import HUB_KWARGS
 from .weights import check_fuser_weights, load_fuser_weights
@@ -82,7 +83,10 @@ class C2CPreTrainedModel(PreTrainedModel):
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
         receiver_shapes, sharer_shapes = record_layer_shapes(config, receiver, sharers)
         self.fuser: Any = nn.ModuleList(
-            Fuser(receiver_shapes, shapes, config, index) for index, shapes in enumerate(sharer_shapes)
+            MemoryFuser(receiver_shapes, shapes, config)
+            if config.context_mode == "memory"
+            else Fuser(receiver_shapes, shapes, config, index)
+            for index, shapes in enumerate(sharer_shapes)
         )
         self.fuser.to(device=input_device(receiver))
         for index, alignment in enumerate(config.token_alignments):
@@ -132,6 +136,8 @@ class C2CPreTrainedModel(PreTrainedModel):
             load_tokenizer(name, kwargs)
             for name, kwargs in zip(names, [receiver_kwargs or {}, *all_sharer_kwargs], strict=True)
         ]
+        if config_fields.get("context_mode") == "memory":
+            token_alignment = token_alignment or "span"
         alignments = resolve_alignments(token_alignment, models, tokenizers)
         config = C2CConfig(
             receiver_name_or_path=names[0],

@@ -29,6 +29,9 @@ class C2CProcessor(C2CPreTrainedProcessor):
         token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`, one for all or one per sharer. Default:
             `"identity"` where the vocabularies are the same, else `"span"`.
         add_sharer_bos: Give sharers the BOS their own tokenizer writes. Off, they read as in the reference.
+        context_mode: What becomes of `sharer_context`, see [`C2CConfig`]: `"slice"`, or `"memory"`, where the prompt
+            gets a slot for each of its tokens.
+        memory_sink_tokens: Number of the prompt's tokens in front of the slots.
         unknown: Of the token tables, see [`~alignment.build_token_table`].
         partial_characters: Of the token tables as well.
         chat_template: Replaces the receiver's chat template.
@@ -42,6 +45,14 @@ class C2CProcessor(C2CPreTrainedProcessor):
     def model_input_names(self) -> list[str]:
         """Names of the outputs, in order."""
         return ["input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment"]
+
+    def sink_ids(self) -> list[int]:
+        """Return the tokens that stand in front of a memory: the first ones of the receiver's chats, or its BOS."""
+        if self.chat_template is not None:
+            text = str(self.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.memory_sink_tokens]
+        bos = self.tokenizer.bos_token_id
+        return [] if bos is None or not self.memory_sink_tokens else [bos]
 
     def alignment_report(self, texts: Sequence[str], sharer_index: int = 0) -> AlignmentReport:
         """Measure one sharer's alignment on plain texts, see [`~alignment_report.alignment_report`]."""
@@ -76,7 +87,8 @@ class C2CProcessor(C2CPreTrainedProcessor):
         Returns:
             `input_ids` and `attention_mask`, `(batch_size, seq_len)`; `sharer_input_ids` and `sharer_attention_mask`,
             `(batch_size, sharer_seq_len)`; `sharer_alignment`, `(batch_size, seq_len)`, the sharer position each
-            receiver position reads or -1. With several sharers the last three are lists.
+            receiver position reads or -1. With several sharers the last three are lists. In memory mode the prompt is
+            longer by its slots: the alignment names the token that fills each, and is -1 elsewhere.
 
         Raises:
             ValueError: For an empty list or text, contexts that do not fit, or lengths no tensor can hold.
@@ -88,6 +100,8 @@ class C2CProcessor(C2CPreTrainedProcessor):
         heads = self._heads(sharer_context, len(texts), "text")
         cut = (truncation, max_length)
         receiver = [self._tokenize(self.tokenizer, t, add_special_tokens, *cut) for t in texts]
+        if self.context_mode == "memory":
+            return self._memory_batch(receiver, heads, isinstance(text, str), layout, add_sharer_bos, cut)
 
         def sharer_rows(index: int, bos: bool) -> list[tuple[Tokenized, list[Segment]]]:
             return [
@@ -168,6 +182,9 @@ class C2CProcessor(C2CPreTrainedProcessor):
             return ours[0].text if single else [chat.text for chat in ours]
         cut = (truncation, max_length)
         receiver = [self._tokenize(self.tokenizer, chat.text, False, *cut) for chat in ours]
+        if self.context_mode == "memory":
+            batch = self._memory_batch(receiver, heads, single, layout, add_sharer_bos, cut)
+            return batch if return_dict else batch["input_ids"]
 
         def sharer_rows(index: int, bos: bool) -> list[tuple[Tokenized, list[Segment]]]:
             rows = []
@@ -195,6 +212,8 @@ class C2CProcessor(C2CPreTrainedProcessor):
             raise ValueError(
                 f"`sharer_context` has {len(contexts)} entries for {count} in `{name}`: give one per entry."
             )
+        if self.context_mode == "memory":
+            return contexts
         return [f"{context}\n\n" if context else "" for context in contexts]
 
     def _tokenize(
@@ -222,6 +241,45 @@ class C2CProcessor(C2CPreTrainedProcessor):
         # A text that writes the BOS itself (a rendered chat, say) must not get a second one.
         written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         return self._tokenize(tokenizer, text, bos and not written, truncation, max_length)
+
+    def _memory_batch(
+        self,
+        receiver: list[Tokenized],
+        contexts: list[str],
+        single: bool,
+        layout: BatchLayout,
+        add_sharer_bos: bool | None,
+        cut: tuple[bool, int | None],
+    ) -> BatchFeature:
+        """Give every prompt a slot for each token of its context, those of one sharer after those of another."""
+        bos = self.add_sharer_bos if add_sharer_bos is None else add_sharer_bos
+        layout.check_rows([ids for ids, _ in receiver])
+        rows = [ids[: self.memory_sink_tokens] for ids, _ in receiver]
+        sharers = []
+        for index, sharer in enumerate(self.sharer_tokenizers):
+            read = [self._tokenize_sharer(index, context, bos, *cut)[0] if context else [] for context in contexts]
+            # The sharer's start is its own sink: the receiver has one.
+            firsts = [int(bool(ids) and ids[0] == sharer.bos_token_id) for ids in read]
+            starts = [len(row) for row in rows]
+            rows = [row + [0] * (len(ids) - first) for row, ids, first in zip(rows, read, firsts, strict=True)]
+            sharers.append((layout.pad(read, sharer), read, firsts, starts))
+        tails = [ids[self.memory_sink_tokens :] for ids, _ in receiver]
+        lengths = [len(row) for row in rows]
+        input_ids, attention_mask = layout.pad(
+            [row + tail for row, tail in zip(rows, tails, strict=True)], self.tokenizer
+        )
+        # What stands at a slot is never read; the padding token vanishes when the output is decoded.
+        pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+        outputs: list[tuple[torch.Tensor, ...]] = []
+        for (sharer_ids, sharer_mask), read, firsts, starts in sharers:
+            alignment = torch.full_like(input_ids, -1)
+            for row, (ids, first, start) in enumerate(zip(read, firsts, starts, strict=True)):
+                column = input_ids.shape[1] - lengths[row] - len(tails[row]) + start
+                slots = slice(column, column + len(ids) - first)
+                alignment[row, slots] = torch.arange(first, len(ids)) + sharer_ids.shape[1] - len(ids)
+                input_ids[row, slots] = pad
+            outputs.append((sharer_ids, sharer_mask, alignment))
+        return self._finish(input_ids, attention_mask, outputs, single, layout)
 
     def _batch(
         self,
@@ -256,6 +314,16 @@ class C2CProcessor(C2CPreTrainedProcessor):
                     shift = sharer_ids.shape[1] - len(ids)
                     read[row, -len(offsets) :] = torch.where(aligned < 0, -1, aligned + shift)
             outputs.append((sharer_ids, sharer_mask, mask_last_position(read, attention_mask)))
+        return self._finish(input_ids, attention_mask, outputs, single, layout)
+
+    def _finish(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        outputs: list[tuple[torch.Tensor, ...]],
+        single: bool,
+        layout: BatchLayout,
+    ) -> BatchFeature:
         columns = [list(column) if len(outputs) > 1 else column[0] for column in zip(*outputs, strict=True)]
         values = [layout.finish(value, single) for value in (input_ids, attention_mask, *columns)]
         return BatchFeature(dict(zip(self.model_input_names, values, strict=True)))

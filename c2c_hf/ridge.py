@@ -1,0 +1,238 @@
+"""Closed-form maps from a sharer's states to the receiver's: a memory fuser in minutes, without a gradient."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from .memory import position_free_tokens
+from .memory_fuser import MemoryFuser, MemoryGroup
+from .modeling_c2c import C2CForCausalLM
+from .prefill import read_text
+from .processing_c2c import C2CProcessor
+from .rope import Rotation
+
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass
+class RidgeReport:
+    """How well the receiver's states are predicted, on tokens that were held out.
+
+    Attributes:
+        num_tokens: Number of tokens fitted on.
+        num_held_out: Number of tokens held out.
+        r2_keys: Per receiver layer the share of the variance of its keys (free of position) that is explained.
+        r2_values: The same of its values.
+        alphas: Per receiver layer the penalty chosen, relative to the mean variance of the features.
+    """
+
+    num_tokens: int
+    num_held_out: int
+    r2_keys: list[float]
+    r2_values: list[float]
+    alphas: list[float]
+
+
+@dataclass
+class _Side:
+    """Sums over features or targets, and what is held out of them; their size does not depend on the tokens read."""
+
+    total: Any = 0.0
+    products: Any = 0.0
+    held: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, own: torch.Tensor, features: torch.Tensor) -> None:
+        """Add tokens: their sum, and the products with the features."""
+        # Products of a few hundred tokens in float32, sums in float64.
+        self.total, self.products = self.total + own.double().sum(0), self.products + (features.T @ own).double()
+
+
+@torch.no_grad()
+def fit_ridge(
+    model: C2CForCausalLM,
+    processor: C2CProcessor,
+    texts: Iterable[str],
+    sharer_index: int = 0,
+    alphas: Sequence[float] = ALPHAS,
+    held_out_share: float = 0.1,
+    max_held_out: int = 2000,
+    batch_size: int = 8,
+    max_length: int = 512,
+    progress: bool = True,
+) -> RidgeReport:
+    """Fit a memory fuser on texts that sharer and receiver both read.
+
+    Where tokens of both end at the same character, the sharer's states are mapped to the receiver's own. Keys are
+    compared free of rotary position. Texts stream: what is kept grows with the width of the features alone.
+    A fuser with `memory_rank` gets the best map of that rank (reduced-rank regression); a residual network is reset.
+
+    Args:
+        model: A pair with `context_mode="memory"`; its fuser is overwritten.
+        processor: The pair's.
+        texts: Plain texts, the more like the contexts to come the better.
+        sharer_index: Which sharer's fuser.
+        alphas: Penalties to choose among per layer, on the tokens held out, relative to the mean variance.
+        held_out_share: Share of the batches held out.
+        max_held_out: Largest number of tokens held out.
+        batch_size: Texts read at once.
+        max_length: Tokens after which a text is cut, of each model by itself.
+        progress: Show a progress bar.
+
+    Returns:
+        How well the held-out states are predicted.
+
+    Raises:
+        ValueError: Not in memory mode, or too few texts.
+    """
+    if model.config.context_mode != "memory":
+        raise ValueError(
+            f"`fit_ridge` needs `context_mode='memory'`, but the model has {model.config.context_mode!r}."
+        )
+    fuser: MemoryFuser = model.fuser[sharer_index]
+    # Layers that are made from the same sharer layers share what is summed over the features.
+    windows = {tuple(sources): _Side() for sources in fuser.sources}
+    layers = [_Side() for _ in fuser.sources]
+    period, num_held_out, num_tokens = max(2, round(1 / held_out_share)), 0, 0
+    for number, batch in enumerate(
+        tqdm(_batches(texts, batch_size), desc="Fitting", unit="batch", disable=not progress)
+    ):
+        sharer_tokens, receiver_tokens = _read_both(model, processor, batch, sharer_index, max_length)
+        held = number % period == period - 1 and num_held_out < max_held_out
+        count = len(sharer_tokens[0])
+        num_held_out, num_tokens = num_held_out + count * held, num_tokens + count * (not held)
+        features = {tuple(s): fuser.features(sharer_tokens, i).float() for i, s in enumerate(fuser.sources)}
+        targets = [torch.cat(pair, -1).float() for pair in zip(*_halves(receiver_tokens), strict=True)]
+        for side, own, x in (
+            *((windows[key], x, x) for key, x in features.items()),
+            *((layer, y, features[tuple(s)]) for layer, y, s in zip(layers, targets, fuser.sources, strict=True)),
+        ):
+            if held:
+                side.held.append(own)
+            else:
+                side.add(own, x)
+    if num_tokens < 2 or num_held_out < 2:
+        raise ValueError(
+            f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give "
+            "more texts or a smaller `batch_size`."
+        )
+    report = RidgeReport(num_tokens, num_held_out, [], [], [])
+    for layer_idx, layer in enumerate(tqdm(layers, desc="Solving", unit="layer", disable=not progress)):
+        group = next(group for group in fuser.groups if layer_idx in group.layers)
+        heads, key_dim, _ = fuser.receiver_shapes[layer_idx]
+        window = windows[tuple(fuser.sources[layer_idx])]
+        _solve(window, layer, num_tokens, group, group.layers.index(layer_idx), heads * key_dim, alphas, report)
+    return report
+
+
+def _halves(entries: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return entries[: len(entries) // 2], entries[len(entries) // 2 :]
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = (text for text in texts if text.strip())
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _read_both(
+    model: C2CForCausalLM, processor: C2CProcessor, texts: list[str], sharer_index: int, max_length: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return both models' states, free of position, where their tokens end at the same character."""
+    receiver_rotations, *sharer_rotations = model.rotations()
+    sharer_tokenizer = processor.sharer_tokenizers[sharer_index]
+    start = [] if sharer_tokenizer.bos_token_id is None else [sharer_tokenizer.bos_token_id]
+    sides = [
+        (model.sharers[sharer_index], sharer_tokenizer, start, sharer_rotations[sharer_index]),
+        (model.receiver, processor.tokenizer, processor.sink_ids(), receiver_rotations),
+    ]
+    ends = [[_ends(tokenizer, text, max_length) for text in texts] for _, tokenizer, _, _ in sides]
+    # Per side the rows and columns of the tokens that both have, behind what each starts with.
+    places: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
+    for row, columns in enumerate(zip(*ends, strict=True)):
+        # A character cut into several tokens counts as its last one.
+        theirs, ours = ({end: column for column, end in enumerate(ends_of)} for _, ends_of in columns)
+        for end in theirs.keys() & ours.keys():
+            for place, column in zip(places, (theirs[end], ours[end]), strict=True):
+                place[0].append(row)
+                place[1].append(column)
+    return tuple(  # type: ignore[return-value]
+        _states(*side, [ids for ids, _ in rows], *place) for side, rows, place in zip(sides, ends, places, strict=True)
+    )
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> tuple[list[int], list[int]]:
+    """Tokenize a text; return ids, and the character at which each token ends."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=max_length
+    )
+    return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
+
+def _states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    start: list[int],
+    rotations: Sequence[Rotation],
+    rows: list[list[int]],
+    row_places: list[int],
+    columns: list[int],
+) -> list[torch.Tensor]:
+    """Let one model read and pick its states."""
+    width = max(map(len, rows)) + len(start)
+    # Padded on the right: columns stay what they are.
+    ids = torch.tensor([start + row + [0] * (width - len(start) - len(row)) for row in rows])
+    mask = torch.tensor([[1] * (len(start) + len(row)) + [0] * (width - len(start) - len(row)) for row in rows])
+    state = read_text(model, ids, mask)
+    positions = torch.arange(width).expand(ids.shape)
+    places = torch.tensor(row_places), torch.tensor(columns) + len(start)
+    return position_free_tokens(state, rotations, positions, *places)
+
+
+def _solve(
+    window: _Side,
+    layer: _Side,
+    num_tokens: int,
+    group: MemoryGroup,
+    index: int,
+    key_width: int,
+    alphas: Sequence[float],
+    report: RidgeReport,
+) -> None:
+    """Solve one layer, choose its penalty, write its weights and report."""
+    mean_x, mean_y = window.total / num_tokens, layer.total / num_tokens
+    xx = window.products - torch.outer(mean_x, window.total)
+    xy = layer.products - torch.outer(mean_x, layer.total)
+    held_x, held_y = torch.cat(window.held).double() - mean_x, torch.cat(layer.held).double() - mean_y
+    # Keys and values count alike in the bottleneck, whatever their size.
+    sizes = torch.ones_like(mean_y)
+    sizes[:key_width], sizes[key_width:] = held_y[:, :key_width].std(), held_y[:, key_width:].std()
+    solutions: list[tuple[float, float, torch.Tensor, torch.Tensor | None]] = []
+    for alpha in alphas:
+        penalty = alpha * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        weight, down = torch.linalg.solve(xx + penalty, xy), None
+        if group.down_proj is not None:
+            rank = group.down_proj.weight.shape[1]
+            scaled = weight / sizes
+            basis = torch.linalg.eigh(scaled.T @ xx @ scaled).eigenvectors[:, -rank:]
+            down, weight = scaled @ basis, basis.T * sizes
+        predicted = held_x @ weight if down is None else held_x @ down @ weight
+        solutions.append((float(((predicted - held_y) / sizes).square().sum()), alpha, weight, down))
+    _, alpha, weight, down = min(solutions, key=lambda solution: solution[0])
+    centre = mean_x @ weight if down is None else mean_x @ down @ weight
+    group.out_proj.weight[index].copy_(weight.T)
+    group.out_proj.bias[index].copy_(mean_y - centre)  # type: ignore[index]
+    if down is not None and group.down_proj is not None:
+        group.down_proj.weight[index].copy_(down.T)
+    if group.residual is not None:
+        for parameter in group.residual[-1].parameters():
+            parameter[index].zero_()
+    predicted = held_x @ weight if down is None else held_x @ down @ weight
+    for scores, part in ((report.r2_keys, slice(key_width)), (report.r2_values, slice(key_width, None))):
+        error, total = (predicted - held_y)[:, part].square().sum(), held_y[:, part].square().sum()
+        scores.append(float(1 - error / total))
+    report.alphas.append(alpha)
