@@ -12,8 +12,9 @@ from transformers.utils import cached_file
 
 from .alignment import same_vocabulary
 from .configuration_c2c import C2CConfig, LayerShape
+from .downloads import HUB_KWARGS
 from .prefill import probe_layer_shapes
-from .pretrained_processor import HUB_KWARGS, TOKENIZER_KWARGS
+from .pretrained_processor import TOKENIZER_KWARGS
 
 #: A loaded model, or the Hub id or folder of one.
 BaseModel: TypeAlias = str | Path | PreTrainedModel

@@ -1,9 +1,6 @@
 """`C2CPreTrainedModel`: how a receiver, its sharers and their fusers are built, loaded and saved."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .adapters import ADAPTER_FOLDER, has_adapter, load_adapter, save_adapter, set_adapter_mode
+from .adapters import load_adapter, set_adapter_mode
 from .alignment import build_token_table, own_bos_token_id
 from .configuration_c2c import C2CConfig
+from .downloads import HUB_KWARGS, check_subfolder
 from .fuser import Fuser
 from .loading import (
     BaseModel,
@@ -27,10 +25,11 @@ from .loading import (
     per_sharer_kwargs,
     record_layer_shapes,
     resolve_alignments,
+    resolve_revision,
 )
 from .memory_fuser import MemoryFuser
 from .prefill import input_device
-from .pretrained_processor import HUB_KWARGS
+from .saving import C2CSavingMixin
 from .weights import check_fuser_weights, load_fuser_weights
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 _VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
 
 
-class C2CPreTrainedModel(PreTrainedModel):
+class C2CPreTrainedModel(C2CSavingMixin):
     """A receiver, its sharers and the fusers between them (Cache-to-Cache, arXiv 2510.03215).
 
     Everything but `fuser` is frozen. Saved folders hold the fuser alone and name the base models.
@@ -221,6 +220,7 @@ class C2CPreTrainedModel(PreTrainedModel):
         # The Auto classes hand these over; code of base models is asked for in `receiver_kwargs` and `sharer_kwargs`.
         for key in ("trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(key, None)
+        check_subfolder(hub_kwargs.get("subfolder"))
         if not isinstance(config, C2CConfig):
             config = C2CConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if config.num_sharers == 0:
@@ -240,6 +240,9 @@ class C2CPreTrainedModel(PreTrainedModel):
         for key, value in kwargs.items():
             setattr(config, key, value)
         config._check_fields()
+        # Configuration and weights must be those of one commit, also where the repository changes in between.
+        revision = resolve_revision(str(pretrained_model_name_or_path), hub_kwargs)
+        hub_kwargs.update({} if revision is None else {"revision": revision})
         hub_access: dict[str, Any] = {
             key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_kwargs
         }
@@ -270,62 +273,6 @@ class C2CPreTrainedModel(PreTrainedModel):
         load_adapter(built.receiver, pretrained_model_name_or_path, hub_kwargs)
         built.name_or_path = config.name_or_path
         return built.eval()
-
-    @staticmethod
-    def _is_own(name: str) -> bool:
-        """Say whether a weight is this package's, by its name; all others belong to base models."""
-        return name.startswith(("fuser.", "token_table_"))
-
-    def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        items = (self.state_dict() if state_dict is None else state_dict).items()
-        return {name: value for name, value in items if self._is_own(name)}
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        is_main_process: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Save configuration and fuser, never a base model's weight; the receiver's PEFT adapter, if it has one.
-
-        The files are written beside their places first and moved there when all are complete, so that a save which is
-        interrupted leaves what stood there before.
-
-        Args:
-            save_directory: The folder; made if needed.
-            state_dict: Weights to save in place of the model's own; those of base models are left out.
-            push_to_hub: Upload afterwards, see [`push_to_hub`].
-            is_main_process: Only the main process writes.
-            **kwargs: Arguments of transformers' `save_pretrained`, such as `max_shard_size`.
-
-        Raises:
-            ValueError: `save_directory` is a file.
-        """
-        target = Path(save_directory)
-        if target.is_file():
-            raise ValueError(f"`save_directory` must be a folder, but {str(target)!r} is a file.")
-        if is_main_process:
-            target.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-            try:
-                super().save_pretrained(staging, state_dict=self._own_state_dict(state_dict), **kwargs)
-                if has_adapter(self.receiver):
-                    save_adapter(self.receiver, staging / ADAPTER_FOLDER)
-                files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
-                found = {*target.glob("model*.safetensors*"), *target.glob(f"{ADAPTER_FOLDER}/adapter_*")}
-                for file in sorted(files, key=lambda file: file.suffix != ".safetensors"):
-                    (target / file).parent.mkdir(exist_ok=True)
-                    (staging / file).replace(target / file)
-                for path in found - {target / file for file in files}:
-                    path.unlink()
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", target.name)
-            options = {key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs}
-            self.push_to_hub(repo_id, **options)
 
     @contextmanager
     def alone(self) -> Iterator["C2CPreTrainedModel"]:

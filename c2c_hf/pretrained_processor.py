@@ -18,14 +18,19 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_
 
 from .alignment import build_token_table, check_choice, same_vocabulary
 from .configuration_c2c import CONTEXT_MODES, TOKEN_ALIGNMENTS
+from .downloads import HUB_KWARGS, fetch_folder
+from .remote_code import write_code
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Keyword arguments of `from_pretrained` that say where on the Hub a file is.
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 #: What a base model's arguments may say about its tokenizer; the others concern its weights alone.
 TOKENIZER_KWARGS = (*HUB_KWARGS, "code_revision", "gguf_file", "tokenizer_type", "trust_remote_code", "use_fast")
+#: What is downloaded of a processor.
+_PATTERNS = (
+    *(PROCESSOR_NAME, "*token*", "vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates/*"),
+    *("sharer_*/*", "*.py"),
+)
 #: Written for some tokenizers only, and read whenever they are there: those of an earlier save must go.
 OPTIONAL_FILES = ("added_tokens.json", "special_tokens_map.json", CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE)
 
@@ -177,6 +182,7 @@ class C2CPreTrainedProcessor(ProcessorMixin):
         self,
         save_directory: str | os.PathLike,
         push_to_hub: bool = False,
+        with_code: bool = False,
         **kwargs: Any,
     ) -> list[str]:
         """Save the receiver's tokenizer into a folder, each sharer's into `sharer_0`, ..., and the configuration.
@@ -186,7 +192,9 @@ class C2CPreTrainedProcessor(ProcessorMixin):
 
         Args:
             save_directory: The folder; made if needed.
-            push_to_hub: Upload the processor afterwards.
+            push_to_hub: Upload the processor afterwards, alone; with its fuser, see [`C2CForCausalLM.push_to_hub`].
+            with_code: Save this package's code beside it, for `AutoProcessor.from_pretrained(...,
+                trust_remote_code=True)` where the package is not installed.
             kwargs: `repo_id` (default: the folder's name) and arguments of [`push_to_hub`].
 
         Returns:
@@ -202,6 +210,8 @@ class C2CPreTrainedProcessor(ProcessorMixin):
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             super().save_pretrained(staging)
+            if type(self)._auto_class is None:
+                write_code(staging, PROCESSOR_NAME, {"AutoProcessor": type(self)} if with_code else None)
             for index, sharer in enumerate(self.sharer_tokenizers):
                 sharer.save_pretrained(staging / f"sharer_{index}")
             _move_into_place(staging, target)
@@ -225,12 +235,13 @@ class C2CPreTrainedProcessor(ProcessorMixin):
             kwargs: Arguments of the Hub (`revision`, `token`, ...), `trust_remote_code`, or fields to override.
 
         Raises:
-            ValueError: If there is no complete processor.
+            ValueError: If there is no complete processor, or `subfolder` goes outside the repository.
             TypeError: For an unknown argument.
         """
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
-        tokenizer_kwargs = {**hub, **{key: kwargs.pop(key) for key in TOKENIZER_KWARGS if key in kwargs}}
+        folder = fetch_folder(pretrained_model_name_or_path, _PATTERNS, hub)
+        config, _ = cls.get_processor_dict(folder)
+        tokenizer_kwargs = {key: kwargs.pop(key) for key in TOKENIZER_KWARGS if key in kwargs}
         fields = (
             *("token_alignment", "add_sharer_bos", "context_mode", "memory_sink_tokens", "unknown"),
             "partial_characters",
@@ -242,17 +253,13 @@ class C2CPreTrainedProcessor(ProcessorMixin):
                 f"`{pretrained_model_name_or_path}` holds no complete C2CProcessor (processor_config.json with "
                 "`num_sharers`): build one with `C2CProcessor.from_receiver_and_sharers`."
             )
-        subfolder = tokenizer_kwargs.pop("subfolder", None) or ""
-        folders = [os.path.join(subfolder, f"sharer_{index}") for index in range(config["num_sharers"])]
-        for folder in folders:
-            if os.path.isdir(pretrained_model_name_or_path) and not os.path.isdir(
-                os.path.join(pretrained_model_name_or_path, folder)
-            ):
-                raise ValueError(f"`{pretrained_model_name_or_path}` lacks the sharer's tokenizer folder `{folder}`.")
-        receiver, *sharers = (
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **tokenizer_kwargs)
-            for folder in (subfolder, *folders)
-        )
+        folders = [folder, *(folder / f"sharer_{index}" for index in range(config["num_sharers"]))]
+        for sharer_folder in folders[1:]:
+            if not sharer_folder.is_dir():
+                raise ValueError(
+                    f"`{pretrained_model_name_or_path}` lacks the sharer's tokenizer folder `{sharer_folder.name}`."
+                )
+        receiver, *sharers = (AutoTokenizer.from_pretrained(place, **tokenizer_kwargs) for place in folders)
         values: dict[str, Any] = {
             key: kwargs.get(key, config.get(key)) for key in fields if key in kwargs or key in config
         }

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .downloads import check_download, check_subfolder, find_file
+
+
+def is_own_weight(name: str) -> bool:
+    """Say whether a weight is this package's, by its name; all others belong to base models."""
+    return name.startswith(("fuser.", "token_table_"))
 
 
 def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -20,14 +27,15 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
         hub_kwargs: Where on the Hub, see `HUB_KWARGS`.
 
     Raises:
-        OSError: No safetensors file there.
-        ValueError: A damaged file, or an index that points outside the folder.
+        OSError: No safetensors file there, or the Hub does not answer.
+        ValueError: A damaged file, or an index or a subfolder that points outside the folder.
     """
     name = str(name_or_path)
-    index_path = _find(name, SAFE_WEIGHTS_INDEX_NAME, hub_kwargs)
-    single_path = _find(name, SAFE_WEIGHTS_NAME, hub_kwargs)
+    check_subfolder(hub_kwargs.get("subfolder"))
+    single_path = find_file(name, SAFE_WEIGHTS_NAME, hub_kwargs)
     if single_path is not None:
         return read_safetensors(single_path)
+    index_path = find_file(name, SAFE_WEIGHTS_INDEX_NAME, hub_kwargs)
     if index_path is None:
         raise OSError(
             f"`pretrained_model_name_or_path`: {name!r} holds no {SAFE_WEIGHTS_NAME}, so it is no saved fuser."
@@ -42,30 +50,20 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise ValueError(f"The index of {name!r} names {shard!r}, which is no safetensors file in its own folder.")
-        path = _find(name, shard, hub_kwargs)
+        path = find_file(name, shard, hub_kwargs)
         if path is None:
             raise OSError(f"{name!r} lacks the shard {shard}; download or save it anew.")
         weights.update(read_safetensors(path))
     return weights
 
 
-def _find(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
-    return cached_file(
-        name,
-        filename,
-        **hub_kwargs,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
 def read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    """Read one file.
+    """Read one file, from the Hub's cache or anywhere else.
 
     Raises:
         ValueError: It is damaged.
     """
+    check_download(Path(path))
     try:
         return load_file(path)
     except SafetensorError as error:

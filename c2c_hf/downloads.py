@@ -1,0 +1,106 @@
+"""Files from the Hub: found, downloaded, compared with their hashes."""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+
+#: Keyword arguments of `from_pretrained` that say where on the Hub a file is.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def check_subfolder(subfolder: str | None) -> None:
+    """Refuse a subfolder outside the repository or folder.
+
+    Raises:
+        ValueError: It is absolute or goes up.
+    """
+    if subfolder and (re.match(r"[/\\\\]|.*:", subfolder) or ".." in re.split(r"[/\\\\]", subfolder)):
+        raise ValueError(f"`subfolder` must be a folder inside the repository, but got {subfolder!r}.")
+
+
+def find_file(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | None:
+    """Find a file in a folder or on the Hub, from where it is downloaded if needed.
+
+    Args:
+        name: Folder or Hub id.
+        filename: Of the file.
+        hub_kwargs: Where on the Hub.
+
+    Returns:
+        Its path, or `None` where there is no such file.
+
+    Raises:
+        OSError: The Hub refuses or does not answer.
+    """
+    if Path(name).is_dir():
+        path = Path(name, hub_kwargs.get("subfolder") or "", filename)
+        return str(path) if path.is_file() else None
+    try:
+        return hf_hub_download(name, filename, **hub_kwargs)
+    except LocalEntryNotFoundError as error:
+        # Offline, what is not in the cache is as good as missing; else the Hub should have answered.
+        if hub_kwargs.get("local_files_only") or is_offline_mode():
+            return None
+        raise OSError(
+            f"The Hub does not answer, and {filename} of {name!r} is not in the cache; try again."
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except HTTPError as error:
+        raise OSError(f"{filename} of {name!r} could not be downloaded ({error}); try again.") from error
+
+
+def fetch_folder(name: str | os.PathLike, patterns: Sequence[str], hub_kwargs: dict[str, Any]) -> Path:
+    """Return a folder, or download one with those files of a repository that are asked for, all of one commit.
+
+    Args:
+        name: Folder or Hub id.
+        patterns: Of the files, such as `"tokenizer*"`.
+        hub_kwargs: Where on the Hub; with `subfolder`, that one is returned.
+
+    Raises:
+        OSError: The Hub refuses or does not answer.
+        ValueError: `subfolder` goes outside the folder.
+    """
+    kwargs = {key: value for key, value in hub_kwargs.items() if value is not None}
+    subfolder = kwargs.pop("subfolder", "")
+    check_subfolder(subfolder)
+    if Path(name).is_dir():
+        return Path(name, subfolder)
+    kwargs.pop("proxies", None)
+    wanted = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=wanted, **kwargs), subfolder)
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        raise OSError(f"{str(name)!r} is no folder and could not be downloaded: {error}") from error
+
+
+def check_download(path: Path) -> None:
+    """Compare a download with the hash by which the Hub knows it; the client itself compares sizes alone.
+
+    Args:
+        path: Of a large file, in the cache of the Hub or anywhere else, where nothing is compared.
+
+    Raises:
+        ValueError: They differ. The file is removed from the cache, so that a retry downloads it again.
+    """
+    blob = path.resolve()
+    if not path.is_symlink() or blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    digest = hashlib.sha256()
+    with blob.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    if found != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise ValueError(
+            f"{path.name} was damaged on its way: its sha256 is {found}, but the Hub announces {blob.name}; try again."
+        )
