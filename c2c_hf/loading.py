@@ -14,7 +14,7 @@ from .alignment import same_vocabulary
 from .configuration_c2c import C2CConfig, LayerShape
 from .downloads import HUB_KWARGS
 from .prefill import probe_layer_shapes
-from .pretrained_processor import TOKENIZER_KWARGS
+from .pretrained_processor import TOKENIZER_KWARGS, WITHOUT_CODE
 
 #: A loaded model, or the Hub id or folder of one.
 BaseModel: TypeAlias = str | Path | PreTrainedModel
@@ -54,7 +54,7 @@ def load_base_model(
         raise ValueError(
             f"`{role}`: the folder {name!r} does not exist; hand over the model itself or the folder where it is now."
         )
-    loaded = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
+    loaded = AutoModelForCausalLM.from_pretrained(name, **{**WITHOUT_CODE, **model_kwargs})
     return loaded, name, resolve_revision(name, model_kwargs)
 
 
@@ -127,7 +127,7 @@ def load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> Any:
         return None
     kwargs = {key: value for key, value in model_kwargs.items() if key in TOKENIZER_KWARGS}
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(name, **{**WITHOUT_CODE, **kwargs})
     except (OSError, ValueError):
         # A model without a tokenizer is fine as long as no alignment needs one, which is checked where it does.
         return None

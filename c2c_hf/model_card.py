@@ -98,11 +98,12 @@ def _description(
         }
         for index, base in enumerate(bases)
     ]
-    trained = {name: value for name, value in weights.items() if name.startswith("fuser.")}
+    # Single numbers are what the trainer remembers, such as the gates' temperature.
+    trained = [value for name, value in weights.items() if name.startswith("fuser.") and value.dim() > 0]
     return {
         "receiver": described[0],
         "sharers": described[1:],
-        "num_parameters": f"{sum(value.numel() for value in trained.values()):,}",
+        "num_parameters": f"{sum(value.numel() for value in trained):,}",
         "size": readable_size(sum(value.nbytes for value in weights.values())),
         "token_alignment": ", ".join(f"`{alignment}`" for alignment in config.token_alignments),
         "layer_alignment": config.layer_alignment,

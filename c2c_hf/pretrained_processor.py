@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: What a base model's arguments may say about its tokenizer; the others concern its weights alone.
 TOKENIZER_KWARGS = (*HUB_KWARGS, "code_revision", "gguf_file", "tokenizer_type", "trust_remote_code", "use_fast")
+#: Code that comes with base models runs when the user asks for it; left open, transformers would ask at the terminal.
+WITHOUT_CODE = {"trust_remote_code": False}
 #: What is downloaded of a processor.
 _PATTERNS = (
     *(PROCESSOR_NAME, "*token*", "vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates/*"),
@@ -253,12 +255,14 @@ class C2CPreTrainedProcessor(ProcessorMixin):
                 f"`{pretrained_model_name_or_path}` holds no complete C2CProcessor (processor_config.json with "
                 "`num_sharers`): build one with `C2CProcessor.from_receiver_and_sharers`."
             )
-        folders = [folder, *(folder / f"sharer_{index}" for index in range(config["num_sharers"]))]
-        for sharer_folder in folders[1:]:
-            if not sharer_folder.is_dir():
+        folders = [folder]
+        for index in range(config["num_sharers"]):
+            folders.append(folder / f"sharer_{index}")
+            if not folders[-1].is_dir():
                 raise ValueError(
-                    f"`{pretrained_model_name_or_path}` lacks the sharer's tokenizer folder `{sharer_folder.name}`."
+                    f"`{pretrained_model_name_or_path}` lacks the sharer's tokenizer folder `sharer_{index}`."
                 )
+        tokenizer_kwargs = {**WITHOUT_CODE, **tokenizer_kwargs}
         receiver, *sharers = (AutoTokenizer.from_pretrained(place, **tokenizer_kwargs) for place in folders)
         values: dict[str, Any] = {
             key: kwargs.get(key, config.get(key)) for key in fields if key in kwargs or key in config
@@ -271,7 +275,8 @@ def _load(
 ) -> PreTrainedTokenizerBase:
     if isinstance(name, PreTrainedTokenizerBase):
         return name
-    return AutoTokenizer.from_pretrained(name, **{k: v for k, v in (kwargs or {}).items() if k in TOKENIZER_KWARGS})
+    own = {key: value for key, value in (kwargs or {}).items() if key in TOKENIZER_KWARGS}
+    return AutoTokenizer.from_pretrained(name, **{**WITHOUT_CODE, **own})
 
 
 def _move_into_place(staging: Path, target: Path) -> None:

@@ -485,14 +485,15 @@ def test_arguments_of_loading_go_to_every_base_model(
         local_files_only=True,
         sharer_kwargs=[{"attn_implementation": "eager", "dtype": torch.float32}],
     )
-    shared = {"device_map": "cpu", "local_files_only": True}
+    code = {"trust_remote_code": False}
+    shared = {"device_map": "cpu", "local_files_only": True, **code}
     assert given == {
         "receiver": {"dtype": torch.bfloat16, **shared},
         "sharer": {"dtype": torch.float32, "attn_implementation": "eager", **shared},
     }
     given.clear()
     C2CForCausalLM.from_receiver_and_sharers(*folders, receiver_kwargs={"dtype": torch.bfloat16}, fuser_hidden_size=8)
-    assert given == {"receiver": {"dtype": torch.bfloat16}, "sharer": {}}
+    assert given == {"receiver": {"dtype": torch.bfloat16, **code}, "sharer": code}
 
 
 def test_arguments_reach_the_base_models(saved: tuple[C2CForCausalLM, Path]) -> None:
