@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .configuration_c2c import C2CConfig
     from .conversion import convert_reference_checkpoint
     from .modeling_c2c import C2CForCausalLM
+    from .prefill import SharerState
     from .processing_c2c import C2CProcessor
     from .training import C2CTrainer
     from .training_arguments import C2CTrainingArguments
@@ -23,6 +24,7 @@ __all__ = [
     "C2CProcessor",
     "C2CTrainer",
     "C2CTrainingArguments",
+    "SharerState",
     "__version__",
     "convert_reference_checkpoint",
 ]
@@ -34,6 +36,7 @@ _MODULES = {
     "C2CConfig": ".configuration_c2c",
     "C2CForCausalLM": ".modeling_c2c",
     "C2CProcessor": ".processing_c2c",
+    "SharerState": ".prefill",
     "convert_reference_checkpoint": ".conversion",
 }
 # Training brings the Trainer and the data sets' library, which those who only generate need not wait for.

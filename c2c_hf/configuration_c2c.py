@@ -16,7 +16,7 @@ FUSER_INITIALIZATIONS = ("shut_gates", "zero_output")
 _READ_OFF_MODELS = (
     *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint"),
     *("sharer_names_or_paths", "sharer_revisions", "sharer_configs", "sharer_fingerprints"),
-    *("receiver_layer_shapes", "sharer_layer_shapes"),
+    *("receiver_layer_shapes", "sharer_layer_shapes", "receiver_tokenizer_hash", "sharer_tokenizer_hashes"),
 )
 
 #: (num_key_value_heads, key head_dim, value head_dim) of one cached layer.
@@ -71,6 +71,8 @@ class C2CConfig(PreTrainedConfig):
         sharer_layer_shapes: The same, one list per sharer.
         receiver_fingerprint: Short hash of the receiver's weights, compared on loading. `None`: not compared.
         sharer_fingerprints: One hash (or `None`) per sharer.
+        receiver_tokenizer_hash: Short hash of the receiver's vocabulary, compared where weights cannot be.
+        sharer_tokenizer_hashes: One hash (or `None`) per sharer.
         fuser_type: `"c2c"`, the projector of arXiv 2510.03215.
         fuser_hidden_size: Width inside the fuser. Compact fusers go down to 64. This and the next three take one
             value, or a list with one per sharer.
@@ -116,6 +118,8 @@ class C2CConfig(PreTrainedConfig):
     sharer_layer_shapes: list[list[list[int]]] | None = None
     receiver_fingerprint: str | None = None
     sharer_fingerprints: list[str | None] | None = None
+    receiver_tokenizer_hash: str | None = None
+    sharer_tokenizer_hashes: list[str | None] | None = None
     fuser_type: str = "c2c"
     fuser_hidden_size: int | list[int] = 1024
     fuser_intermediate_size: int | list[int] = 1024
@@ -168,7 +172,8 @@ class C2CConfig(PreTrainedConfig):
             _check_integer(field, getattr(self, field), smallest)
         if self.memory_rank is not None:
             _check_integer("memory_rank", self.memory_rank, 1)
-        for field in ("sharer_names_or_paths", "sharer_revisions", "sharer_fingerprints", "sharer_bos_token_ids"):
+        optional = ("sharer_revisions", "sharer_fingerprints", "sharer_tokenizer_hashes", "sharer_bos_token_ids")
+        for field in ("sharer_names_or_paths", *optional):
             if getattr(self, field) is not None:
                 self._per_sharer(field)
         for field, smallest in (("fuser_hidden_size", 1), ("fuser_intermediate_size", 1), ("num_fuser_layers", 2)):

@@ -7,10 +7,12 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ._compat import CACHE_ARGUMENT, pop_cache
 from .configuration_c2c import C2CConfig
+from .given_states import states_per_sharer
 from .memory import hide_slots
 from .texts import last_prompt_positions, leave_out, per_sharer, texts_as_given, texts_from_tokens
 
-SHARER_ARGUMENTS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
+_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
+SHARER_ARGUMENTS = (*_TENSORS, "sharer_states")
 
 
 class C2CGenerationMixin(GenerationMixin):
@@ -90,14 +92,20 @@ class C2CGenerationMixin(GenerationMixin):
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+        if model_kwargs.get("sharer_states") is not None:
+            states = states_per_sharer(model_kwargs["sharer_states"], self.config.num_sharers)
+            model_kwargs["sharer_states"] = states
         for name in SHARER_ARGUMENTS:
             if isinstance(model_kwargs.get(name), list | tuple):
-                model_kwargs[name] = [value.repeat_interleave(expand_size, dim=0) for value in model_kwargs[name]]
+                model_kwargs[name] = [
+                    None if value is None else value.repeat_interleave(expand_size, dim=0)
+                    for value in model_kwargs[name]
+                ]
         return input_ids, model_kwargs
 
     def _complete_sharer_inputs(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Write the sharer inputs that the caller left out into `model_kwargs`."""
-        ids, masks, alignment, positions = (model_kwargs.get(name) for name in SHARER_ARGUMENTS)
+        ids, masks, alignment, positions = (model_kwargs.get(name) for name in _TENSORS)
         # Response fusion makes its texts token by token, the answer's too.
         if self.config.fuse_response or (ids is not None and alignment is not None):
             return

@@ -1,6 +1,6 @@
 """Loading of base models and their tokenizers, and the checks that they belong together."""
 
-import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
+from .absent import AbsentSharer
 from .alignment import same_vocabulary
 from .configuration_c2c import C2CConfig, LayerShape
 from .downloads import HUB_KWARGS
+from .fingerprints import fingerprint, tokenizer_hash
 from .prefill import probe_layer_shapes
 from .pretrained_processor import TOKENIZER_KWARGS, WITHOUT_CODE
 
+logger = logging.getLogger(__name__)
+
+VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
 #: A loaded model, or the Hub id or folder of one.
 BaseModel: TypeAlias = str | Path | PreTrainedModel
-
-_COMPARABLE = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_base_model(
@@ -68,26 +71,6 @@ def resolve_revision(name: str, model_kwargs: dict[str, Any]) -> str | None:
     return commit.group(1) if commit else model_kwargs.get("revision")
 
 
-@torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str | None:
-    """Hash a sample of a model's weights, so that a fuser meets the models that it was trained with.
-
-    The sample is rounded to bfloat16: loading the same weights in float32 or bfloat16 gives the same hash.
-
-    Returns:
-        16 hexadecimal digits; `None` for weights that are quantized, not in memory or in float16, whose rounding
-        cannot be told from other weights.
-    """
-    if getattr(model, "hf_quantizer", None) is not None:
-        return None
-    samples = []
-    for _, parameter in sorted(model.named_parameters()):
-        if parameter.device.type == "meta" or parameter.dtype not in _COMPARABLE:
-            return None
-        samples.append(parameter.detach().flatten()[:16].to(device="cpu", dtype=torch.bfloat16))
-    return hashlib.sha256(torch.cat(samples).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-
 def check_base_model(role: str, field: str, saved: object, found: object, hint: str = "") -> None:
     """Refuse a base model that differs from the one that the fuser was made for.
 
@@ -106,6 +89,30 @@ def check_base_model(role: str, field: str, saved: object, found: object, hint: 
             f"`{role}`: this fuser was made for a model with {field} {saved}, but the model at hand has {found}; load "
             f"the base model that the fuser was trained with.{hint}"
         )
+
+
+def verify_base_model(
+    role: str,
+    model: PreTrainedModel | AbsentSharer,
+    recorded_fingerprint: str | None,
+    recorded_hash: str | None,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Compare a base model's weights with those recorded, or where they cannot be compared, its vocabulary.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if isinstance(model, AbsentSharer):
+        return
+    found = fingerprint(model)
+    check_base_model(role, "weights' fingerprint", recorded_fingerprint, found, VERIFY_HINT)
+    if found is not None or recorded_fingerprint is None:
+        return
+    logger.warning("The weights of %s %r were not compared (see `fingerprint`).", role, model.name_or_path)
+    tokenizer = load_tokenizer(model.name_or_path or None, model_kwargs) if recorded_hash is not None else None
+    if tokenizer is not None:
+        check_base_model(role, "vocabulary hash", recorded_hash, tokenizer_hash(tokenizer), VERIFY_HINT)
 
 
 def per_sharer_kwargs(
@@ -164,15 +171,24 @@ def resolve_alignments(
 
 
 def base_models_to_load(
-    config: C2CConfig, receiver: BaseModel | None, sharers: BaseModel | Sequence[BaseModel] | None
-) -> list[BaseModel]:
+    config: C2CConfig,
+    receiver: BaseModel | None,
+    sharers: BaseModel | Sequence[BaseModel] | None,
+    load_sharers: bool = True,
+) -> list[BaseModel | AbsentSharer]:
     """Take the base models handed over, and the recorded names of the others.
 
     Raises:
         ValueError: Their number is wrong, or a name is not recorded.
     """
     names: list[Any] = [config.receiver_name_or_path if receiver is None else receiver]
-    if sharers is None:
+    if not load_sharers:
+        if config.sharer_layer_shapes is None:
+            raise ValueError(
+                "`load_sharers` must be True, since the configuration does not record the sharers' shapes."
+            )
+        names += [AbsentSharer(sharer_config) for sharer_config in config.sharer_configs or []]
+    elif sharers is None:
         names += config.sharer_names_or_paths or [None] * config.num_sharers
     else:
         names += [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
@@ -186,7 +202,7 @@ def base_models_to_load(
 
 
 def record_layer_shapes(
-    config: C2CConfig, receiver: PreTrainedModel, sharers: Sequence[PreTrainedModel]
+    config: C2CConfig, receiver: PreTrainedModel, sharers: Sequence[PreTrainedModel | AbsentSharer]
 ) -> tuple[list[LayerShape], list[list[LayerShape]]]:
     """Read the layer shapes off the base models, compare them with those recorded, and record them.
 
@@ -194,11 +210,14 @@ def record_layer_shapes(
         ValueError: A model has no plain key/value cache, or other shapes than those recorded.
     """
     receiver_shapes = probe_layer_shapes(receiver, "receiver")
-    sharer_shapes = [probe_layer_shapes(sharer, "sharers") for sharer in sharers]
+    recorded_shapes: list[Any] = config.sharer_layer_shapes or [None] * len(sharers)
+    sharer_shapes: list[list[LayerShape]] = [
+        list(saved) if isinstance(sharer, AbsentSharer) else probe_layer_shapes(sharer, "sharers")
+        for sharer, saved in zip(sharers, recorded_shapes, strict=True)
+    ]
     field = "layer shapes (key/value heads, key width, value width)"
     roles = ["receiver", *["sharers"] * len(sharer_shapes)]
-    nothing: list[Any] = [None] * len(sharer_shapes)
-    recorded = [config.receiver_layer_shapes, *(config.sharer_layer_shapes or nothing)]
+    recorded = [config.receiver_layer_shapes, *recorded_shapes]
     for role, saved, found in zip(roles, recorded, [receiver_shapes, *sharer_shapes], strict=True):
         check_base_model(role, field, None if saved is None else _summary(saved), _summary(found))
     config.receiver_layer_shapes = [list(shape) for shape in receiver_shapes]

@@ -12,6 +12,7 @@ from .adapters import trains
 from .cache import C2CCache
 from .fusion import FusionPlan, fuse_states, plan_fusion
 from .generation import C2CGenerationMixin
+from .given_states import GivenStates, give_states
 from .memory_pass import C2CMemoryMixin
 from .passes import check_length, fill_cache, join_logits, new_length, slice_inputs, states_from
 from .prefill import (
@@ -69,6 +70,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         sharer_alignment: PerSharer | None = None,
         sharer_position_ids: PerSharer | None = None,
         past_key_values: Cache | None = None,
+        sharer_states: GivenStates | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Read a prompt with all models and fuse, or decode further tokens.
@@ -92,6 +94,8 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
                 position, each reading its own.
             sharer_position_ids: `(batch_size, sharer_len)`. `None`: counted from the mask.
             past_key_values: The name of `cache` before transformers 5.24.
+            sharer_states: What the sharers have read of this very text elsewhere, in place of running them here; with
+                several sharers a list, `None` for those that run here.
             **kwargs: Passed on to the receiver.
 
         Returns:
@@ -121,6 +125,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
                 return self._receive_memory(texts, *arguments)
         elif self.fusion_enabled:
             texts = self._sharer_texts(receiver_inputs, labels, cache, sharer_inputs)
+            give_states(self.config, texts, sharer_states if texts else None)
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 receiver_inputs["position_ids"] = position_ids_from_mask(attention_mask)[:, -tokens.shape[1] :]
         if texts:
@@ -227,7 +232,9 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         for sharer, text, length, state in zip(self.sharers, texts, plan.sharer_lengths, known, strict=True):
             if self.config.fuse_response:
                 length = text.input_ids.shape[1]
-            if length > 0:
+            if text.state is not None:
+                state = text.state
+            elif length > 0:
                 check_length("sharers", sharer, length)
                 position_ids = None if text.position_ids is None else text.position_ids[:, :length]
                 state = read_text(

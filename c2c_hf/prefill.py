@@ -1,14 +1,17 @@
 """Run a frozen base model over a text and hand out its key/value states."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
 from .configuration_c2c import LayerShape
+from .fingerprints import SharerSource, fingerprint, tokenizer_hash
+from .state_file import StateContent, decode_states, encode_states
 
 #: Key and value states of every cached layer, `(batch_size, num_key_value_heads, seq_len, head_dim)` each.
 LayerStates = list[tuple[torch.Tensor, torch.Tensor]]
@@ -144,11 +147,90 @@ class SharerState:
         input_ids: `(batch_size, seq_len)`, the sharer's tokens.
         attention_mask: `(batch_size, seq_len)`, 0 at padding and at tokens that the sharer does not see.
         cache: Its full-length cache.
+        source: Which sharer has read, where states come from elsewhere.
+
+    Example:
+        ```python
+        # Where the sharer is:
+        state = SharerState.read(sharer, inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
+        message = state.to_safetensors(int8=True)
+        # Where the receiver is, without the sharer:
+        model = C2CForCausalLM.from_pretrained("me/fuser", load_sharers=False)
+        out = model.generate(**inputs, sharer_states=SharerState.from_safetensors(message))
+        ```
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     cache: Cache
+    source: SharerSource | None = None
+
+    @classmethod
+    def read(
+        cls,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        revision: str | None = None,
+    ) -> "SharerState":
+        """Let a sharer read texts, for a receiver elsewhere.
+
+        Args:
+            model: The sharer.
+            input_ids: `(batch_size, seq_len)`, its tokens, as the receiver will name them (`sharer_input_ids`).
+            attention_mask: `(batch_size, seq_len)`. `None`: no padding.
+            tokenizer: The sharer's; with it the receiver's side compares the vocabulary too.
+            revision: The commit from which the model was loaded, to be compared as well. `None`: what it knows itself.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        state = read_text(model, input_ids, attention_mask)
+        vocabulary = None if tokenizer is None else tokenizer_hash(tokenizer)
+        revision = revision or getattr(model.config, "_commit_hash", None)
+        state.source = SharerSource(fingerprint(model), revision, vocabulary)
+        return state
+
+    def to_safetensors(self, path: str | Path | None = None, int8: bool = False) -> bytes:
+        """Write the text, the states and which sharer has read them, as a message or a file.
+
+        Args:
+            path: Of a file to write as well. `None`: none.
+            int8: Round the states to 8 bits, see [`~state_file.encode_states`].
+
+        Returns:
+            The message.
+        """
+        layers = cached_states(self.cache)
+        data = encode_states(
+            StateContent(self.input_ids, self.attention_mask, layers, self.source or SharerSource()), int8
+        )
+        if path is not None:
+            Path(path).write_bytes(data)
+        return data
+
+    @classmethod
+    def from_safetensors(cls, data: bytes | str | Path) -> "SharerState":
+        """Read what [`SharerState.to_safetensors`] wrote.
+
+        Args:
+            data: The message, or the path of a file.
+
+        Raises:
+            ValueError: It is damaged, or no message of this kind.
+            OSError: There is no such file.
+        """
+        content = decode_states(data)
+        cache = full_length_cache()
+        for layer_idx, pair in enumerate(content.layers):
+            cache.update(*pair, layer_idx)
+        return cls(content.input_ids, content.attention_mask, cache, content.source)
+
+    def repeat_interleave(self, repeats: int, dim: int = 0) -> "SharerState":
+        """Return a state in which every row stands `repeats` times; this one stays as it is."""
+        copied = replace(self, cache=copy_cache(self.cache))
+        if repeats > 1:
+            copied.select_rows(torch.arange(len(self.input_ids)).repeat_interleave(repeats, dim))
+        return copied
 
     def entries(self) -> list[torch.Tensor]:
         """Return every layer's keys, then every layer's values, `(batch_size, num_heads, seq_len, head_dim)` each."""

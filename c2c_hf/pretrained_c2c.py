@@ -1,6 +1,5 @@
 """`C2CPreTrainedModel`: how a receiver, its sharers and their fusers are built, loaded and saved."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,31 +9,30 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .absent import AbsentSharer
 from .adapters import load_adapter, set_adapter_mode
 from .alignment import build_token_table, own_bos_token_id
 from .configuration_c2c import C2CConfig
 from .downloads import HUB_KWARGS, check_subfolder
+from .fingerprints import fingerprint, tokenizer_hash
 from .fuser import Fuser
 from .loading import (
+    VERIFY_HINT,
     BaseModel,
     base_models_to_load,
     check_base_model,
-    fingerprint,
     load_base_model,
     load_tokenizer,
     per_sharer_kwargs,
     record_layer_shapes,
     resolve_alignments,
     resolve_revision,
+    verify_base_model,
 )
 from .memory_fuser import MemoryFuser
 from .prefill import input_device
 from .saving import C2CSavingMixin
 from .weights import check_fuser_weights, load_fuser_weights
-
-logger = logging.getLogger(__name__)
-
-_VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
 
 
 class C2CPreTrainedModel(C2CSavingMixin):
@@ -61,7 +59,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
         self,
         config: C2CConfig,
         receiver: PreTrainedModel | None = None,
-        sharers: Sequence[PreTrainedModel] | None = None,
+        sharers: Sequence[PreTrainedModel | AbsentSharer] | None = None,
     ) -> None:
         super().__init__(config)
         if receiver is None:
@@ -138,6 +136,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
         if config_fields.get("context_mode") == "memory":
             token_alignment = token_alignment or "span"
         alignments = resolve_alignments(token_alignment, models, tokenizers)
+        hashes = [None if tokenizer is None else tokenizer_hash(tokenizer) for tokenizer in tokenizers]
         config = C2CConfig(
             receiver_name_or_path=names[0],
             receiver_revision=revisions[0],
@@ -147,6 +146,8 @@ class C2CPreTrainedModel(C2CSavingMixin):
             sharer_configs=[model.config for model in models[1:]],
             receiver_fingerprint=fingerprint(models[0]),
             sharer_fingerprints=[fingerprint(model) for model in models[1:]],
+            receiver_tokenizer_hash=hashes[0],
+            sharer_tokenizer_hashes=hashes[1:],
             token_alignment=alignments[0] if len(set(alignments)) == 1 else alignments,
             **config_fields,
         )
@@ -193,6 +194,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
         device_map: Any = None,
         attn_implementation: str | None = None,
         verify_base_models: bool = True,
+        load_sharers: bool = True,
         **kwargs: Any,
     ) -> "C2CPreTrainedModel":
         """Load a saved fuser together with its base models.
@@ -207,7 +209,9 @@ class C2CPreTrainedModel(C2CSavingMixin):
             dtype: Precision of the base models; the fuser stays in float32 and computes in the receiver's.
             device_map: Placement of each base model.
             attn_implementation: Attention of the base models, such as `"flash_attention_2"`.
-            verify_base_models: Compare the base models' weights and revisions with those recorded.
+            verify_base_models: Compare the base models' weights and revisions with those recorded; of quantized ones,
+                whose weights cannot be compared, the vocabularies.
+            load_sharers: Off, no sharer is loaded: what they have read comes as `sharer_states`.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
                 fuser is on the Hub; fields of [`C2CConfig`] override the saved ones.
 
@@ -246,27 +250,31 @@ class C2CPreTrainedModel(C2CSavingMixin):
         hub_access: dict[str, Any] = {
             key: hub_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in hub_kwargs
         }
-        base_models = base_models_to_load(config, receiver, sharers)
+        if sharers is not None and not load_sharers:
+            raise ValueError("`sharers` must be None with `load_sharers=False`, which leaves them out.")
+        base_models = base_models_to_load(config, receiver, sharers, load_sharers)
         all_kwargs = [receiver_kwargs or {}, *per_sharer_kwargs(sharer_kwargs, config.num_sharers)]
         revisions = [config.receiver_revision, *(config.sharer_revisions or [None] * config.num_sharers)]
         fingerprints = [config.receiver_fingerprint, *(config.sharer_fingerprints or [None] * config.num_sharers)]
         models = []
         for index, (base, base_kwargs) in enumerate(zip(base_models, all_kwargs, strict=True)):
             role = "receiver" if index == 0 else "sharers"
+            if isinstance(base, AbsentSharer):
+                models.append(base)
+                continue
             handed_over = (receiver if index == 0 else sharers) is not None
             recorded = {} if handed_over or revisions[index] is None else {"revision": revisions[index]}
             model, _, revision = load_base_model(base, role, {**shared, **hub_access, **recorded, **base_kwargs})
             # Of a model from elsewhere, which has commits of its own, the weights decide.
             if verify_base_models and not handed_over:
-                check_base_model(role, "revision", revisions[index], revision, _VERIFY_HINT)
+                check_base_model(role, "revision", revisions[index], revision, VERIFY_HINT)
             models.append(model)
         built = cls(config, models[0], models[1:])
         if verify_base_models:
+            hashes = [config.receiver_tokenizer_hash, *(config.sharer_tokenizer_hashes or [None] * config.num_sharers)]
             for index, model in enumerate(models):
-                role, found = "receiver" if index == 0 else "sharers", fingerprint(model)
-                check_base_model(role, "weights' fingerprint", fingerprints[index], found, _VERIFY_HINT)
-                if found is None and fingerprints[index] is not None:
-                    logger.warning("The weights of %s %r were not compared (`fingerprint`).", role, model.name_or_path)
+                role = "receiver" if index == 0 else "sharers"
+                verify_base_model(role, model, fingerprints[index], hashes[index], {**hub_access, **all_kwargs[index]})
         weights = load_fuser_weights(pretrained_model_name_or_path, hub_kwargs)
         check_fuser_weights(weights, built._own_state_dict())
         built.load_state_dict(weights, strict=False)

@@ -19,6 +19,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_
 from .alignment import build_token_table, check_choice, same_vocabulary
 from .configuration_c2c import CONTEXT_MODES, TOKEN_ALIGNMENTS
 from .downloads import HUB_KWARGS, fetch_folder
+from .fingerprints import tokenizer_hash
 from .remote_code import write_code
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ class C2CPreTrainedProcessor(ProcessorMixin):
             "memory_sink_tokens": self.memory_sink_tokens,
             "unknown": self.unknown,
             "partial_characters": self.partial_characters,
+            "tokenizer_hashes": [tokenizer_hash(t) for t in (self.tokenizer, *self.sharer_tokenizers)],
         }
 
     def save_pretrained(
@@ -264,6 +266,13 @@ class C2CPreTrainedProcessor(ProcessorMixin):
                 )
         tokenizer_kwargs = {**WITHOUT_CODE, **tokenizer_kwargs}
         receiver, *sharers = (AutoTokenizer.from_pretrained(place, **tokenizer_kwargs) for place in folders)
+        saved_hashes = config.get("tokenizer_hashes") or [None] * len(folders)
+        for place, tokenizer, saved in zip(folders, (receiver, *sharers), saved_hashes, strict=False):
+            if saved is not None and tokenizer_hash(tokenizer) != saved:
+                raise ValueError(
+                    f"`{pretrained_model_name_or_path}`: the vocabulary in {place.name!r} is not the one that was "
+                    f"saved, whose hash is {saved}; download or save the processor anew."
+                )
         values: dict[str, Any] = {
             key: kwargs.get(key, config.get(key)) for key in fields if key in kwargs or key in config
         }

@@ -8,6 +8,7 @@ import torch
 from .alignment import apply_token_table
 from .cache import C2CCache
 from .configuration_c2c import C2CConfig
+from .prefill import SharerState
 
 #: A tensor where there is one sharer, else one per sharer.
 PerSharer = torch.Tensor | Sequence[torch.Tensor]
@@ -22,12 +23,14 @@ class SharerText:
         attention_mask: `(batch_size, sharer_len)`, 0 at padding and at tokens that it does not see.
         alignment: `(batch_size, seq_len)`: the position of its text that each new receiver token reads, or -1.
         position_ids: `(batch_size, sharer_len)`, or `None`: counted from the mask.
+        state: What the sharer has read of it elsewhere, or `None`: it reads here.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     alignment: torch.Tensor
     position_ids: torch.Tensor | None = None
+    state: SharerState | None = None
 
 
 def texts_from_tokens(
