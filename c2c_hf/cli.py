@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_hub import add_hub_commands
+
 if TYPE_CHECKING:
     from .modeling_c2c import C2CForCausalLM
     from .processing_c2c import C2CProcessor
@@ -90,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("text", type=Path, metavar="FILE", help="UTF-8 text, one sample a line")
     analyze.add_argument("--token-alignment", choices=("identity", "first", "longest", "span"))
     analyze.set_defaults(run=_analyze)
+
+    add_hub_commands(commands)
     return parser
 
 

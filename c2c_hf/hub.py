@@ -241,8 +241,9 @@ def _make_branch(api: HfApi, repo_id: str, revision: str, create_pr: bool) -> No
 def _stale(api: HfApi, repo_id: str, revision: str | None, place: str, files: Mapping[str, Any]) -> list[str]:
     """Name the files of an earlier fuser at the same place, which would be read as part of the new one."""
     present = api.list_repo_files(repo_id, revision=revision)
+    code = {path.name for path in Path(__file__).parent.glob("*.py")}
     own = [name.removeprefix(place) for name in present if name.startswith(place)]
-    return [f"{place}{name}" for name in own if _OWN_FILES.fullmatch(name) and name not in files]
+    return [f"{place}{name}" for name in own if (_OWN_FILES.fullmatch(name) or name in code) and name not in files]
 
 
 def _passes(error: BaseException) -> bool:

@@ -219,13 +219,13 @@ def record_layer_shapes(
     roles = ["receiver", *["sharers"] * len(sharer_shapes)]
     recorded = [config.receiver_layer_shapes, *recorded_shapes]
     for role, saved, found in zip(roles, recorded, [receiver_shapes, *sharer_shapes], strict=True):
-        check_base_model(role, field, None if saved is None else _summary(saved), _summary(found))
+        check_base_model(role, field, None if saved is None else summarize_shapes(saved), summarize_shapes(found))
     config.receiver_layer_shapes = [list(shape) for shape in receiver_shapes]
     config.sharer_layer_shapes = [[list(shape) for shape in shapes] for shapes in sharer_shapes]
     return receiver_shapes, sharer_shapes
 
 
-def _summary(shapes: Sequence[Sequence[int]]) -> str:
+def summarize_shapes(shapes: Sequence[Sequence[int]]) -> str:
     """Describe layer shapes in a few words: `30 x (3, 64, 64)`."""
     runs: list[list] = []
     for shape in shapes:

@@ -1,14 +1,18 @@
 """Publishing and loading through the real client and a Hub on loopback, and what happens when something fails."""
 
 import json
+import os
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
-from hub_client_for_tests import Failure, HubClient, answers, change_receiver, publish_pair, push
-from hub_server_for_tests import Fault, HubServer
+from hub_client_for_tests import TEXTS, Failure, HubClient, answers, change_receiver, publish_pair, push
+from hub_server_for_tests import TOKEN, Fault, HubServer
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 FILES = {
@@ -116,6 +120,48 @@ def test_what_an_earlier_fuser_left_is_deleted(hub: HubServer, client: HubClient
     assert hub.files("me/shards").keys() == FILES | FIRST
     assert client(push, "me/shards", again=True).startswith(hub.endpoint)
     assert len(hub.commits("me/shards")) == 3, "nothing has changed, so there is no commit"
+
+
+# `-S` leaves out what makes an editable install importable; the second line takes care of a plain one.
+_FRESH = """
+import importlib.util, json, sys
+sys.path.append(sys.argv[1])
+sys.modules.update({"c2c_hf": None, "sacrebleu": None} if importlib.util.find_spec("c2c_hf") else {"sacrebleu": None})
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+model = AutoModelForCausalLM.from_pretrained("me/code", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("me/code", trust_remote_code=True)
+inputs = processor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    logits = model(**inputs).logits
+out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+names = [type(part).__module__ for part in (model, model.config, processor)]
+assert all(name.startswith("transformers_modules.me.code.") for name in names), names
+assert sys.modules.get("c2c_hf") is None
+print(json.dumps([logits.tolist(), out.tolist()]))
+"""
+
+
+def test_code_travels_to_where_the_package_is_not(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
+    client(push, "me/code", with_code=True)
+    code = {name for name in hub.files("me/code") if name.endswith(".py")}
+    assert hub.files("me/code").keys() == FILES | FIRST | code
+    assert code >= {"configuration_c2c.py", "modeling_c2c.py", "processing_c2c.py", "fuser.py"}
+    assert code.isdisjoint({"__init__.py", "cli.py", "training.py", "demo.py"})
+    assert "trust_remote_code=True" in hub.files("me/code")["README.md"].decode()
+    expected = client(answers)
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-I", "-S", "-c", _FRESH, sysconfig.get_path("purelib"), json.dumps(TEXTS)]
+    environment = {**os.environ, **settings, "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits, ids = json.loads(done.stdout.splitlines()[-1])
+    assert_same((np.array(logits, dtype=np.float32), ids), expected)
+    assert_failed(
+        client(push, "me/code", with_code=True, subfolder="x"), "ValueError", "`subfolder` must be None where"
+    )
+    client(push, "me/code")
+    assert hub.files("me/code").keys() == FILES | FIRST, "code of an earlier fuser has no business there"
 
 
 @pytest.mark.parametrize(
