@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from .downloads import find_file
 from .weights import read_safetensors
 
 #: Where an adapter lies in the folder of a fuser. In the folder itself, the Auto classes would take it for the model.
@@ -84,21 +84,20 @@ def load_adapter(receiver: PreTrainedModel, name_or_path: str | Path, hub_kwargs
 
     Raises:
         ValueError: The files are incomplete or do not fit the receiver.
+        OSError: The Hub does not answer.
     """
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    files = [
-        cached_file(str(name_or_path), f"{ADAPTER_FOLDER}/{name}", **hub_kwargs, **optional)
-        for name in (_CONFIG_FILE, _WEIGHTS_FILE)
-    ]
-    if files == [None, None]:
+    config_path, weights_path = (
+        find_file(str(name_or_path), f"{ADAPTER_FOLDER}/{name}", hub_kwargs) for name in (_CONFIG_FILE, _WEIGHTS_FILE)
+    )
+    if config_path is None and weights_path is None:
         return
-    if None in files:
+    if config_path is None or weights_path is None:
         raise ValueError(f"{str(name_or_path)!r} holds half of an adapter in {ADAPTER_FOLDER}; save it anew.")
     from peft import PeftConfig, set_peft_model_state_dict
 
-    weights = read_safetensors(files[1])
+    weights = read_safetensors(weights_path)
     if not has_adapter(receiver):
-        add_adapter(receiver, PeftConfig.from_pretrained(str(Path(files[0]).parent)))
+        add_adapter(receiver, PeftConfig.from_pretrained(str(Path(config_path).parent)))
     (name,) = receiver.peft_config
     result: Any = set_peft_model_state_dict(receiver, weights, adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in key]

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from .adapters import ADAPTER_FOLDER
 from .base_licenses import GEMMA_NOTICE
 from .configuration_c2c import C2CConfig
 from .downloads import check_subfolder
@@ -25,6 +26,7 @@ from .weights import is_own_weight, load_fuser_weights
 _OWN_FILES = re.compile(
     r"config\.json|generation_config\.json|processor_config\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    rf"|{ADAPTER_FOLDER}/(adapter_config\.json|adapter_model\.safetensors)"
     r"|(sharer_\d+/)?(tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json"
     r"|vocab\.txt|merges\.txt|[\w.-]+\.model|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja)"
 )
@@ -78,6 +80,10 @@ def publish_fuser(
     if sharers is not None:
         wished[1:] = [sharers] if isinstance(sharers, str) else sharers
     files["config.json"] = _published_config(folder, config, wished)
+    if (name := f"{ADAPTER_FOLDER}/adapter_config.json") in files:
+        adapter = json.loads((folder / name).read_text(encoding="utf-8"))
+        adapter["base_model_name_or_path"] = config.receiver_name_or_path
+        files[name] = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
     rendered_license = None
     if card is None and "README.md" not in files:
         weights = load_fuser_weights(folder, {})
@@ -148,7 +154,9 @@ def publishable_files(folder: str | Path) -> list[str]:
     if "config.json" not in names or not weights:
         raise OSError(f"`folder`: {str(folder)!r} holds no saved fuser (config.json and model.safetensors).")
     for name in weights:
-        _check_weights(folder / name)
+        # An adapter has names of its own, which PEFT compares with the receiver's.
+        if "/" not in name:
+            _check_weights(folder / name)
     return sorted(names | code_files(folder))
 
 

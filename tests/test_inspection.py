@@ -118,6 +118,18 @@ def test_pushing(folder: Path, sent: dict, capsys: pytest.CaptureFixture) -> Non
     assert sent["files"]["README.md"].read_text().endswith("My own card.\n")
 
 
+def test_an_adapter_is_pushed_along(folder: Path, sent: dict) -> None:
+    (folder / "receiver_adapter").mkdir()
+    (folder / "receiver_adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    save_file({"base.lora_A.weight": torch.ones(2)}, folder / "receiver_adapter/adapter_model.safetensors")
+    (folder / "receiver_adapter/notes.txt").write_text("x")
+    assert main(["push", str(folder), "me/fuser", *PUSH]) == 0
+    adapter = {name for name in sent["files"] if name.startswith("receiver_adapter/")}
+    assert adapter == {"receiver_adapter/adapter_config.json", "receiver_adapter/adapter_model.safetensors"}
+    config = json.loads(sent["files"]["receiver_adapter/adapter_config.json"])
+    assert config["base_model_name_or_path"] == "Qwen/Qwen3-0.6B", "a folder of this machine would be published"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
