@@ -205,3 +205,15 @@ def test_saving_again_writes_inside(folder: Path, tmp_path: Path) -> None:
     assert new
     assert all(tmp_path / "copy" in (path, *path.parents) for path in new)
     shutil.rmtree(tmp_path / "copy")
+
+
+def test_another_vocabulary_is_refused(folder: Path) -> None:
+    """In the processor's own folder, and beside a receiver whose rounded weights cannot be compared."""
+    byte_level_tokenizer(vocab_size=399).save_pretrained(folder.with_name("receiver"))
+    with pytest.raises(ValueError, match="`receiver`: this fuser was made for a model with vocabulary hash"):
+        C2CForCausalLM.from_pretrained(folder, receiver_kwargs={"dtype": torch.float16})
+    byte_level_tokenizer().save_pretrained(folder.with_name("receiver"))
+    C2CForCausalLM.from_pretrained(folder, receiver_kwargs={"dtype": torch.float16})
+    byte_level_tokenizer().save_pretrained(folder / "sharer_0")
+    with pytest.raises(ValueError, match="the vocabulary in 'sharer_0' is not the one that was saved"):
+        C2CProcessor.from_pretrained(folder)
