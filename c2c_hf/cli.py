@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_fit import add_fit_command
 from .cli_hub import add_hub_commands
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--token-alignment", choices=("identity", "first", "longest", "span"))
     analyze.set_defaults(run=_analyze)
 
+    add_fit_command(commands, _positive)
     add_hub_commands(commands)
     return parser
 

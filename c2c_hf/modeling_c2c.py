@@ -121,6 +121,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         if self.config.context_mode == "memory":
             texts = self._memory_texts(receiver_inputs, cache, sharer_inputs)
             if texts:
+                give_states(self.config, texts, sharer_states)
                 arguments = (receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
                 return self._receive_memory(texts, *arguments)
         elif self.fusion_enabled:

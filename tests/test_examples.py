@@ -1,12 +1,13 @@
 """The examples run, on tiny models, as a user starts them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import save_tiny_model
-from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
+from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -31,6 +32,29 @@ def test_generate(pair: tuple[str, str]) -> None:
         answers[name.split(" (")[0]] = text.strip()
     assert set(answers) == {"receiver alone", "sharer alone", "C2C"}
     assert answers["C2C"] == answers["receiver alone"], "an untrained fuser is shut"
+
+
+def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
+    """`c2c fit` and then questions about a document, its states read once."""
+    receiver, sharer = pair
+    rows = [json.dumps({"text": " ".join(TEXT[(i + j) % 5] for j in range(3))}) for i in range(100)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    fuser, document = str(tmp_path / "memory"), tmp_path / "document.txt"
+    command = [sys.executable, "-m", "c2c_hf", "fit", str(tmp_path / "texts.jsonl"), "--output", fuser]
+    command += ["--receiver", receiver, "--sharer", sharer, "--source-layers", "1", "2", "--max-length", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 source layers" in done.stdout and "2 source layers" in done.stdout and "R2" in done.stdout
+    document.write_text(TEXT[0], encoding="utf-8")
+    command = [sys.executable, str(EXAMPLES / "document_qa.py"), fuser, str(document), "How many ships?"]
+    first, second = (
+        subprocess.run([*command, "--max-new-tokens", "4"], capture_output=True, text=True, timeout=120)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert (tmp_path / "document.states.safetensors").is_file()
+    assert "The sharer read" in first.stdout and "The sharer read" not in second.stdout
+    assert first.stdout.split(")\n")[-1] == second.stdout.split(")\n")[-1]
 
 
 def test_examples_are_short() -> None:
