@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .modeling_c2c import C2CForCausalLM
     from .prefill import SharerState
     from .processing_c2c import C2CProcessor
+    from .ridge import fit_ridge
     from .training import C2CTrainer
     from .training_arguments import C2CTrainingArguments
 
@@ -27,6 +28,7 @@ __all__ = [
     "SharerState",
     "__version__",
     "convert_reference_checkpoint",
+    "fit_ridge",
 ]
 
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ _TRAINING_MODULES = {
     "C2CDataCollator": ".collation",
     "C2CTrainer": ".training",
     "C2CTrainingArguments": ".training_arguments",
+    "fit_ridge": ".ridge",
 }
 
 
