@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_evaluate import add_evaluation_commands
 from .cli_fit import add_fit_command
 from .cli_hub import add_hub_commands
 
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    add_evaluation_commands(commands, _add_model_arguments, _load, _positive)
+
     convert = commands.add_parser("convert", help="turn checkpoints of the reference into a fuser folder")
     convert.add_argument("checkpoints", nargs="+", metavar="FOLDER", help="one checkpoint folder per sharer")
     convert.add_argument("--output", required=True, metavar="FOLDER", help="where the fuser goes")
@@ -99,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FUSER", help="Hub id or folder of a fuser")
+def _add_model_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
+    if named:
+        parser.add_argument("--model", metavar="FUSER", help="Hub id or folder of a fuser")
     parser.add_argument(
         "--receiver", metavar="MODEL", help="Hub id or folder; with --model, in place of the recorded one"
     )
@@ -108,8 +112,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token-alignment", choices=("identity", "first", "longest", "span"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="such as cuda or cuda:1 (default cpu)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
-    parser.add_argument("--alone", action="store_true", help="switch fusion off")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64 if named else None, metavar="N")
+    if named:
+        parser.add_argument("--alone", action="store_true", help="switch fusion off")
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,161 @@
+"""Methods by name: who answers, and with what of the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..chat import Message
+from ..modeling_c2c import C2CForCausalLM
+from ..processing_c2c import C2CProcessor
+from .answering import Answerer, C2CAnswerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written
+from .controls import CONTROLS
+
+#: What each method is, for the command line and the report.
+METHODS = {
+    "receiver": "the receiver by itself",
+    "sharer": "each sharer by itself, with its own tokenizer and template",
+    "text_to_text": "the first sharer writes a sentence of background, the receiver reads it",
+    "routing": "the half of the questions that the receiver is least sure of goes to the largest sharer",
+    "lora": "the receiver with a LoRA adapter",
+    "c2c": "the receiver with the sharers' caches fused in",
+    "mismatched": "C2C, but the sharers read another question",
+    "shuffled": "C2C, but the sharers' positions are handed out in random order",
+    "zero": "C2C, but the sharers' states are zero",
+    "noise": "C2C, but the sharers' states are noise of the same norm",
+    "gates_off": "C2C with every gate closed: equals the receiver up to rounding",
+    "alone": "C2C with fusion switched off: equals the receiver",
+    "self": "C2C with a fuser whose sharer is the receiver itself",
+}
+#: Worked out of other methods' predictions.
+DERIVED = ("routing",)
+
+_BACKGROUND = (
+    "Write one sentence of background knowledge that helps to answer the question. Do not answer it.\n\n"
+    "Question: {question}\nBackground:"
+)
+
+
+@dataclass
+class TextToText:
+    """The sharer writes, the receiver reads: communication in words.
+
+    Args:
+        writer: The sharer.
+        reader: The receiver.
+        max_new_tokens: Longest background.
+    """
+
+    writer: PlainAnswerer
+    reader: PlainAnswerer
+    max_new_tokens: int = 256
+    seconds: Seconds = field(default_factory=Seconds, init=False)
+
+    def score(self, queries: Sequence[Query], continuations: Sequence[Sequence[str]]) -> list[list[ContinuationScore]]:
+        """Let the sharer write about each question, and score continuations behind prompt and background."""
+        told = self._told(queries)
+        scores = self.reader.score([query for query, _ in told], continuations)
+        self._add_seconds()
+        return scores
+
+    def write(self, queries: Sequence[Query], max_new_tokens: int, stop: Sequence[str] = ()) -> list[Written]:
+        """Let the sharer write about each question, and the receiver answer it; tokens of both count."""
+        told = self._told(queries)
+        answers = self.reader.write([query for query, _ in told], max_new_tokens, stop)
+        self._add_seconds()
+        return [
+            Written(
+                answer.text,
+                answer.num_tokens + background.num_tokens,
+                answer.prompt_tokens + background.prompt_tokens,
+            )
+            for answer, (_, background) in zip(answers, told, strict=True)
+        ]
+
+    def _told(self, queries: Sequence[Query]) -> list[tuple[Query, Written]]:
+        asked = [Query(self._like(query, _BACKGROUND.format(question=query.question))) for query in queries]
+        written = self.writer.write(asked, self.max_new_tokens, ("\n",))
+        told = []
+        for query, background in zip(queries, written, strict=True):
+            head = f"Background: {background.text.strip()}\n\n"
+            if isinstance(query.prompt, str):
+                told.append((Query(head + query.prompt), background))
+            else:
+                *turns, last = query.prompt
+                told.append((Query([*turns, {**last, "content": head + last["content"]}]), background))
+        return told
+
+    @staticmethod
+    def _like(query: Query, text: str) -> str | list[Message]:
+        return text if isinstance(query.prompt, str) else [{"role": "user", "content": text}]
+
+    def _add_seconds(self) -> None:
+        writing, reading = self.writer.seconds, self.reader.seconds
+        self.seconds = Seconds(writing.total + reading.total, writing.total, 0.0, reading.prefill, reading.decode)
+
+
+Method = Answerer | TextToText
+
+
+def build_methods(
+    names: Sequence[str],
+    model: C2CForCausalLM,
+    processor: C2CProcessor,
+    adapter: str | None = None,
+    self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> dict[str, Method]:
+    """Build methods; with several sharers `sharer` becomes `sharer_0`, `sharer_1`, ...
+
+    Args:
+        names: Of [`METHODS`], but for those that are worked out of others.
+        model: The pair.
+        processor: Its processor.
+        adapter: Folder or Hub id of a LoRA adapter for the receiver, for `lora`.
+        self_fuser: A pair whose sharer is its receiver, for `self`.
+        template_kwargs: Handed to every chat template.
+
+    Raises:
+        ValueError: A name is unknown, or what its method needs is missing.
+    """
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"`methods` must be among {list(METHODS)}, but got {unknown}.")
+    receiver = PlainAnswerer(model.receiver, processor.tokenizer)
+    sharers = [
+        PlainAnswerer(sharer, tokenizer)
+        for sharer, tokenizer in zip(model.sharers, processor.sharer_tokenizers, strict=True)
+    ]
+    methods: dict[str, Method] = {}
+    for name in names:
+        if name in CONTROLS:
+            methods[name] = C2CAnswerer(model, processor, CONTROLS[name])
+        elif name == "receiver":
+            methods[name] = receiver
+        elif name == "sharer":
+            one = len(sharers) == 1
+            methods.update({name if one else f"{name}_{i}": sharer for i, sharer in enumerate(sharers)})
+        elif name == "text_to_text":
+            methods[name] = TextToText(sharers[0], receiver)
+        elif name == "lora":
+            if adapter is None:
+                raise ValueError("`methods`: 'lora' needs `adapter`, the folder or Hub id of a LoRA for the receiver.")
+            methods[name] = PlainAnswerer(_adapted(model.receiver, adapter), processor.tokenizer)
+        elif name == "self":
+            if self_fuser is None:
+                raise ValueError("`methods`: 'self' needs `self_fuser`, a fuser whose sharer is the receiver.")
+            methods[name] = C2CAnswerer(*self_fuser)
+    for answerer in (receiver, *sharers, *methods.values()):
+        if isinstance(answerer, Answerer):
+            answerer.template_kwargs = template_kwargs or {}
+    return methods
+
+
+def _adapted(receiver: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    # A second copy, since the adapter changes the layers that it is put into.
+    copy = AutoModelForCausalLM.from_config(receiver.config)
+    copy.load_state_dict(receiver.state_dict())
+    copy.to(device=receiver.device, dtype=receiver.dtype)
+    return PeftModel.from_pretrained(copy, adapter).merge_and_unload().eval()

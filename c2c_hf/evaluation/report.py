@@ -1,0 +1,175 @@
+"""`report.md` and its plots."""
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS
+from .metrics import group_records
+from .records import Record
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record]) -> None:
+    """Write `report.md`, `accuracy.png`, `latency.png` and, for tasks with subjects, `subjects.png`.
+
+    Args:
+        folder: The run's folder.
+        metrics: From [`metrics.compute_metrics`], with `versions`, `seed` and `config`.
+        records: All predictions.
+    """
+    plots: list[str | None] = []
+    if find_spec("matplotlib") is None:
+        logger.warning('The report has no plots, since matplotlib is missing: run `pip install "c2c_hf[eval]"`.')
+    else:
+        plots = [_plot_accuracy(folder, metrics), _plot_latency(folder, metrics), _plot_subjects(folder, records)]
+    lines = ["# Evaluation", "", *_headline(metrics), *_tables(metrics), *_failures(records)]
+    lines += [f"![{name}]({name})" for name in plots if name]
+    lines += ["", "## How it was run", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {value} |" for key, value in {**metrics["config"], **metrics["versions"]}.items()]
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _headline(metrics: dict[str, Any]) -> list[str]:
+    """Say the pairing gain first: what the right sharer adds over a wrong one."""
+    lines = []
+    for gain in metrics["pairing_gain"]:
+        low, high = gain["interval"]
+        verdict = "the right cache helps" if low > 0 else "it hurts" if high < 0 else "not told apart from chance"
+        lines.append(
+            f"**Pairing gain, {gain['task']}: {100 * gain['value']:+.1f} points** "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}], {gain['num_items']} items: {verdict}.\n"
+        )
+    for gap in metrics["performance_gap_recovered"]:
+        value = "no sharer is stronger than the receiver" if gap["value"] is None else f"{100 * gap['value']:.0f} %"
+        lines.append(f"Performance gap recovered, {gap['task']}: {value}.\n")
+    explained = "Pairing gain is C2C minus C2C whose sharers read another question, item by item."
+    return [*lines, f"{explained} Intervals are 95 %.", ""]
+
+
+def _tables(metrics: dict[str, Any]) -> list[str]:
+    lines = []
+    for task in dict.fromkeys(result["task"] for result in metrics["results"]):
+        rows = [result for result in metrics["results"] if result["task"] == task]
+        strict = {row["method"]: row["value"] for row in rows if row["metric"] == "accuracy_strict"}
+        lines += [
+            f"## {task}",
+            "",
+            f"| method | accuracy | {'strict | ' if strict else ''}over the receiver | items | failed | unreadable | "
+            "seconds (sharer, fusion, prefill, decode) |",
+            "| --- " * (8 if strict else 7) + "|",
+        ]
+        for row in (row for row in rows if row["metric"] == "accuracy"):
+            seconds = row["seconds"]
+            parts = ", ".join(f"{seconds[name]:.3f}" for name in ("sharer", "fusion", "prefill", "decode"))
+            cells = [row["method"], _percent(row["value"], row["interval"])]
+            if strict:
+                cells.append(f"{100 * strict[row['method']]:.1f}")
+            cells += [_gain(row.get("gain_over_receiver")), str(row["num_items"]), str(row["num_failed"])]
+            cells += [str(row["num_unreadable"]), f"{seconds['total']:.3f} ({parts})"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    used = dict.fromkeys(result["method"] for result in metrics["results"])
+    lines += [f"- **{name}**: {METHODS.get(name, METHODS['sharer'])}" for name in used]
+    return [*lines, "", "Seconds are medians per item; the p-value is McNemar's.", ""]
+
+
+def _percent(value: float, interval: Sequence[float]) -> str:
+    return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _gain(gain: dict[str, Any] | None) -> str:
+    if gain is None:
+        return ""
+    low, high = gain["interval"]
+    return f"{100 * gain['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], p={gain['p_value']:.3g}"
+
+
+def _failures(records: Sequence[Record]) -> list[str]:
+    failed = [record for record in records if "error" in record]
+    if not failed:
+        return []
+    listed = [f"- {record['task']}, {record['method']}, {record['id']}: {record['error']}" for record in failed]
+    return ["## Failed items, counted as wrong", "", *listed, ""]
+
+
+def _new_figure(width: float, height: float) -> tuple[Any, Any]:
+    # Without a display, and without changing the caller's settings as pyplot would.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _accuracies(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    return [result for result in metrics["results"] if result["metric"] == "accuracy"]
+
+
+def _plot_accuracy(folder: Path, metrics: dict[str, Any]) -> str:
+    results = _accuracies(metrics)
+    tasks = list(dict.fromkeys(result["task"] for result in results))
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    figure, axes = _new_figure(1.5 + 0.45 * len(tasks) * (len(methods) + 1), 4)
+    width = 0.8 / len(methods)
+    for place, method in enumerate(methods):
+        rows = {result["task"]: result for result in results if result["method"] == method}
+        shown = [(index, rows[task]) for index, task in enumerate(tasks) if task in rows]
+        values = [100 * row["value"] for _, row in shown]
+        errors = [
+            [max(0.0, value - 100 * row["interval"][0]) for value, (_, row) in zip(values, shown, strict=True)],
+            [max(0.0, 100 * row["interval"][1] - value) for value, (_, row) in zip(values, shown, strict=True)],
+        ]
+        places = [index + (place - (len(methods) - 1) / 2) * width for index, _ in shown]
+        axes.bar(places, values, width, yerr=errors, capsize=2, label=method)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylabel("accuracy, %, with 95 % interval")
+    axes.legend(fontsize="small")
+    figure.savefig(folder / "accuracy.png", dpi=120)
+    return "accuracy.png"
+
+
+def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
+    figure, axes = _new_figure(6, 4)
+    markers = "osD^vPX*"
+    tasks = list(dict.fromkeys(result["task"] for result in _accuracies(metrics)))
+    for result in _accuracies(metrics):
+        x, y = result["seconds"]["total"], 100 * result["value"]
+        marker = markers[tasks.index(result["task"]) % len(markers)]
+        axes.plot(x, y, marker, color=f"C{tasks.index(result['task'])}")
+        axes.annotate(result["method"], (x, y), fontsize="x-small", xytext=(4, 4), textcoords="offset points")
+    for index, task in enumerate(tasks):
+        axes.plot([], [], markers[index % len(markers)], color=f"C{index}", label=task)
+    axes.set_xscale("log")
+    axes.set_xlabel("median seconds per item")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(fontsize="small")
+    figure.savefig(folder / "latency.png", dpi=120)
+    return "latency.png"
+
+
+def _plot_subjects(folder: Path, records: Sequence[Record]) -> str | None:
+    cells: dict[str, dict[str, list[int]]] = {}
+    for by_method in group_records([record for record in records if record.get("subject")]).values():
+        for method, answered in by_method.items():
+            for record in answered.values():
+                cells.setdefault(record["subject"], {}).setdefault(method, []).append(record["correct"])
+    if not cells:
+        return None
+    subjects = sorted(cells)
+    methods = list(dict.fromkeys(method for row in cells.values() for method in row))
+    values = [
+        [100 * sum(row[m]) / len(row[m]) if m in row else float("nan") for m in methods]
+        for row in (cells[subject] for subject in subjects)
+    ]
+    figure, axes = _new_figure(3 + 0.6 * len(methods), 1.5 + 0.2 * len(subjects))
+    image = axes.imshow(values, aspect="auto", vmin=0, vmax=100)
+    axes.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
+    axes.set_yticks(range(len(subjects)), subjects, fontsize="x-small")
+    figure.colorbar(image, label="accuracy, %")
+    figure.savefig(folder / "subjects.png", dpi=120)
+    return "subjects.png"
