@@ -1,5 +1,7 @@
 """A PEFT adapter on the receiver: trained beside a fuser or instead of one, and saved beside it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,28 @@ def set_adapter_mode(receiver: PreTrainedModel, training: bool) -> None:
     for name, module in receiver.named_modules():
         if ".lora_dropout." in name:
             module.train(training)
+
+
+@contextmanager
+def adapter_disabled(receiver: PreTrainedModel) -> Iterator[None]:
+    """Within this context a receiver answers as if it had no adapter."""
+    if not has_adapter(receiver):
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in receiver.modules() if isinstance(module, BaseTunerLayer)]
+    trained = {name for name, parameter in receiver.named_parameters() if parameter.requires_grad}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        # Enabling also lets gradients into adapters that were frozen.
+        for name, parameter in receiver.named_parameters():
+            parameter.requires_grad_(name in trained)
 
 
 def save_adapter(receiver: PreTrainedModel, folder: Path) -> None:

@@ -48,7 +48,10 @@ def add_evaluation_commands(
     evaluate.add_argument("--batch-size", type=positive, default=8, metavar="N")
     evaluate.add_argument("--seed", type=int, default=0, metavar="N")
     evaluate.add_argument("--plain", action="store_true", help="ask for written answers without chat template")
-    evaluate.add_argument("--adapter", metavar="LORA", help="LoRA adapter of the receiver, for the method lora")
+    evaluate.add_argument(
+        "--background-tokens", type=positive, default=256, metavar="N", help="of the method text_to_text (default 256)"
+    )
+    evaluate.add_argument("--adapter", metavar="LORA", help="for the method lora (default: the fuser's own)")
     evaluate.add_argument("--self-fuser", metavar="FUSER", help="fuser whose sharer is the receiver, for self")
     evaluate.add_argument(
         "--chat-template-kwargs",
@@ -103,6 +106,7 @@ def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
         parsed.adapter,
         self_fuser,
         parsed.chat_template_kwargs,
+        parsed.background_tokens,
     )
     for result in metrics["results"]:
         low, high = result["interval"]

@@ -224,6 +224,10 @@ class C2CPreTrainedModel(C2CSavingMixin):
         # The Auto classes hand these over; code of base models is asked for in `receiver_kwargs` and `sharer_kwargs`.
         for key in ("trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(key, None)
+        for key in ("gguf_file", "quantization_config", "max_memory"):
+            # lm-evaluation-harness hands these to every model, as None where it asks for nothing.
+            if key in kwargs and kwargs[key] is None:
+                del kwargs[key]
         check_subfolder(hub_kwargs.get("subfolder"))
         if not isinstance(config, C2CConfig):
             config = C2CConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
@@ -279,7 +283,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
         check_fuser_weights(weights, built._own_state_dict())
         built.load_state_dict(weights, strict=False)
         load_adapter(built.receiver, pretrained_model_name_or_path, hub_kwargs)
-        built.name_or_path = config.name_or_path
+        built.name_or_path = config.name_or_path or str(pretrained_model_name_or_path)
         return built.eval()
 
     @contextmanager

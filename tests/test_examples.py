@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import save_tiny_model
+from evaluation_for_tests import NEEDS, data_dir  # noqa: F401
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
+
+from c2c_hf import C2CForCausalLM, C2CProcessor
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -55,6 +58,21 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "document.states.safetensors").is_file()
     assert "The sharer read" in first.stdout and "The sharer read" not in second.stdout
     assert first.stdout.split(")\n")[-1] == second.stdout.split(")\n")[-1]
+
+
+def test_evaluate(pair: tuple[str, str], data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("lm_eval", reason=NEEDS)
+    pytest.importorskip("scipy", reason=NEEDS)
+    C2CForCausalLM.from_receiver_and_sharers(*pair, fuser_hidden_size=8).save_pretrained(tmp_path / "fuser")
+    C2CProcessor.from_receiver_and_sharers(*pair).save_pretrained(tmp_path / "fuser")
+    command = [sys.executable, str(EXAMPLES / "evaluate.py"), str(tmp_path / "fuser"), "--task", "arc_easy"]
+    command += ["--data-dir", str(data_dir), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["receiver", "sharer", "c2c", "mismatched", "pairing"]
+    assert lines[0].split()[1:] == lines[2].split()[1:], "an untrained fuser is shut"
+    assert "pairing gain +0.0 points" in lines[-1]
 
 
 def test_examples_are_short() -> None:

@@ -15,10 +15,12 @@ import c2c_hf
 
 PACKAGE = Path(c2c_hf.__file__).parent
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
+EVALUATION = {path.stem: path for path in (PACKAGE / "evaluation").glob("*.py")}
+ALL_FILES = {**FILES, **{f"evaluation/{name}": path for name, path in EVALUATION.items()}}
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
-    """Our own modules that a file imports: at its top, and inside functions."""
+    """Our own modules of a file's folder that it imports: at its top, and inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = {id(node) for node in tree.body}
     outer, inner = set(), set()
@@ -50,6 +52,24 @@ def test_imports_go_down() -> None:
     assert order.index("fingerprints") < order.index("prefill") < order.index("given_states")
     assert order.index("model_card") < order.index("hub") < order.index("saving") < order.index("modeling_c2c")
     assert graph["alignment"] == graph["configuration_c2c"] == graph["_compat"] == set()
+    assert not any("evaluation" in imports(path)[0] for path in FILES.values()), "the library does not need it"
+
+
+def test_evaluation_imports_go_down() -> None:
+    graph = {}
+    for name, path in EVALUATION.items():
+        outer, inner = imports(path)
+        assert not inner, f"evaluation/{name} hides imports inside functions"
+        graph[name] = outer
+        above = [
+            node.module
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.level == 2
+        ]
+        assert not {"cli", "cli_evaluate", "demo", "hub", "training"} & {module.split(".")[0] for module in above}
+    order = list(TopologicalSorter(graph).static_order())
+    assert order.index("answering") < order.index("controls") < order.index("methods") < order.index("evaluate")
+    assert graph["rows"] == graph["intervals"] == graph["records"] == set()
 
 
 @pytest.mark.parametrize("name", [name for name in c2c_hf.__all__ if name != "__version__"])
@@ -64,7 +84,7 @@ def test_public_names_are_documented(name: str) -> None:
 
 def test_one_file_names_transformers_versions() -> None:
     """In code; docstrings may tell users the older name of an argument."""
-    for name, path in FILES.items():
+    for name, path in ALL_FILES.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -79,15 +99,15 @@ def test_one_file_names_transformers_versions() -> None:
     assert len(re.findall(r"^\s+transformers.*\b5\.\d+", setup, flags=re.MULTILINE)) == 1
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_files_stay_short(name: str) -> None:
-    lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
+    lines = len(ALL_FILES[name].read_text(encoding="utf-8").splitlines())
     assert lines <= 350, f"{name} has {lines} lines: it is two ideas"
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_files_say_their_purpose(name: str) -> None:
-    docstring = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8")))
+    docstring = ast.get_docstring(ast.parse(ALL_FILES[name].read_text(encoding="utf-8")))
     assert docstring
     assert docstring.splitlines()[0].endswith((".", "`")), "the first line is a sentence"
 

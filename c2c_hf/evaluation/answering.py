@@ -1,29 +1,29 @@
-"""Answerers: one model, or a receiver with its sharers, scores continuations of prompts and writes answers."""
+"""Answerers: a model scores continuations of prompts and writes answers."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import (
-    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from .._compat import CACHE_ARGUMENT, accepts_argument
-from ..cache import C2CCache
+from .._compat import accepts_argument
+from ..adapters import adapter_disabled
 from ..chat import Message, plain_messages
 from ..continuations import scores_after
-from ..modeling_c2c import C2CForCausalLM
-from ..prefill import position_ids_from_mask, read_text
-from ..processing_c2c import C2CProcessor
-from .controls import Control, Inputs
+from ..passes import check_length
+from ..prefill import position_ids_from_mask
+
+#: What a tokenizer or processor makes, each sharer's tensors in a list.
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Written:
 
 @dataclass
 class Answerer(ABC):
-    """Scores continuations and writes answers; [`PlainAnswerer`] with one model, [`C2CAnswerer`] with a pair.
+    """Scores continuations and writes answers: a [`PlainAnswerer`] with one model, a [`C2CAnswerer`] with several.
 
     Attributes:
         seconds: Times of the last call.
@@ -116,17 +116,18 @@ class Answerer(ABC):
         ids = [self._continuation_ids(query, texts) for query, texts in zip(queries, continuations, strict=True)]
         with self._timed():
             inputs = self._inputs(queries, strip=True)
+            check_length("queries", self.model, inputs["input_ids"].shape[1])
             with self._reading(inputs, queries) as reading:
-                start = _now()
+                start = now()
                 model_inputs = {**reading, "use_cache": True, "logits_to_keep": 1}
                 for name in ("position_ids", "logits_to_keep"):
                     if name in model_inputs and not accepts_argument(self.model, name):
                         del model_inputs[name]
                 outputs = self.model(**model_inputs)
-                self.seconds.prefill = _now() - start - self.seconds.fusion
-                start = _now()
+                self.seconds.prefill = now() - start - self.seconds.fusion
+                start = now()
                 scores = scores_after(self.model, outputs, inputs["attention_mask"], ids)
-                self.seconds.decode = _now() - start
+                self.seconds.decode = now() - start
         flat = zip(
             scores.logprobs.sum(1).tolist(), scores.is_token.sum(1).tolist(), scores.is_greedy.tolist(), strict=True
         )
@@ -149,10 +150,11 @@ class Answerer(ABC):
         """
         with self._timed():
             inputs = self._inputs(queries, strip=False)
+            check_length("queries", self.model, inputs["input_ids"].shape[1])
             clock = _StopStrings(self.tokenizer, stop, inputs["input_ids"].shape[1])
             with self._reading(inputs, queries) as reading:
                 reading.pop("position_ids", None)
-                start = _now()
+                start = now()
                 out = self.model.generate(
                     **reading,
                     max_new_tokens=max_new_tokens,
@@ -160,7 +162,7 @@ class Answerer(ABC):
                     pad_token_id=_pad_token_id(self.tokenizer),
                     **{"do_sample": False, **generation},
                 )
-                end = _now()
+                end = now()
         first = end if clock.first_token is None else clock.first_token
         self.seconds.prefill, self.seconds.decode = first - start - self.seconds.fusion, end - first
         written = []
@@ -176,7 +178,7 @@ class Answerer(ABC):
     @contextmanager
     def _timed(self) -> Iterator[None]:
         self.seconds = Seconds()
-        start = _now()
+        start = now()
         # The head reads the last position, a slice that torch multiplies a hundred times slower in bfloat16 on a
         # processor where the weight needs no gradient (measured with torch 2.13: 11 s in place of 0.06).
         head = self.model.get_output_embeddings()
@@ -185,12 +187,11 @@ class Answerer(ABC):
             yield
         finally:
             hook.remove()
-        self.seconds.total = _now() - start
+        self.seconds.total = now() - start
 
-    @contextmanager
-    def _reading(self, inputs: Inputs, queries: Sequence[Query]) -> Iterator[dict[str, Any]]:
+    @abstractmethod
+    def _reading(self, inputs: Inputs, queries: Sequence[Query]) -> AbstractContextManager[dict[str, Any]]:
         """Hold while the model works; hands out what it is called with."""
-        yield {**inputs, "position_ids": position_ids_from_mask(inputs["attention_mask"])}
 
     def _continuation_ids(self, query: Query, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize continuations behind their prompt, where letters may join across the seam."""
@@ -230,10 +231,12 @@ class PlainAnswerer(Answerer):
     Args:
         base_model: Any causal language model.
         base_tokenizer: Its tokenizer.
+        with_adapter: Whether an adapter that the model has is at work.
     """
 
     base_model: PreTrainedModel
     base_tokenizer: PreTrainedTokenizerBase
+    with_adapter: bool = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -244,6 +247,11 @@ class PlainAnswerer(Answerer):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
         return self.base_tokenizer
+
+    @contextmanager
+    def _reading(self, inputs: Inputs, queries: Sequence[Query]) -> Iterator[dict[str, Any]]:
+        with nullcontext() if self.with_adapter else adapter_disabled(self.base_model):
+            yield {**inputs, "position_ids": position_ids_from_mask(inputs["attention_mask"])}
 
     def _inputs(self, queries: Sequence[Query], strip: bool) -> Inputs:
         rows = []
@@ -259,97 +267,6 @@ class PlainAnswerer(Answerer):
         return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
 
-@dataclass
-class C2CAnswerer(Answerer):
-    """A receiver with its sharers, or under a control.
-
-    Args:
-        c2c_model: The model.
-        processor: Its processor.
-        control: What changes on the way from the sharers to the receiver.
-    """
-
-    c2c_model: C2CForCausalLM
-    processor: C2CProcessor
-    control: Control = field(default_factory=Control)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The pair."""
-        return self.c2c_model
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The receiver's tokenizer."""
-        return self.processor.tokenizer
-
-    def _inputs(self, queries: Sequence[Query], strip: bool) -> Inputs:
-        inputs, donors = self._process(queries, strip), None
-        if self.control.needs_donors:
-            others = [replace(query, prompt=query.donor) for query in queries if query.donor is not None]
-            if len(others) < len(queries):
-                raise ValueError("`donor` must be given with this control: another question's prompt.")
-            donors = self._process(others, strip)
-        return self.control.change_inputs(inputs, donors, [query.seed for query in queries])
-
-    def _process(self, queries: Sequence[Query], strip: bool) -> Inputs:
-        kinds = {(isinstance(query.prompt, str), query.continues) for query in queries}
-        if len(kinds) > 1:
-            raise ValueError("`queries` of one batch must all be plain texts, or all chats that end alike.")
-        cut: dict[str, Any] = {"truncation": self.max_length is not None, "max_length": self.max_length}
-        if self.tokenizer.chat_template and not isinstance(queries[0].prompt, str):
-            chats: Any = [list(query.prompt) for query in queries]
-            batch: Any = self.processor.apply_chat_template(chats, **cut, **self._template_kwargs(queries[0]))
-        else:
-            texts = [self._render(query) for query in queries]
-            batch = self.processor([text.rstrip() if strip else text for text in texts], **cut)
-        device = self.model.device
-        inputs: Inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        for name in ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment"):
-            # One sharer's tensors come bare.
-            tensors = batch[name] if isinstance(batch[name], list) else [batch[name]]
-            inputs[name] = [tensor.to(device) for tensor in tensors]
-        return inputs
-
-    @contextmanager
-    def _reading(self, inputs: Inputs, queries: Sequence[Query]) -> Iterator[dict[str, Any]]:
-        with self.control.around(self.c2c_model):
-            if not self.control.reads_sharers:
-                plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-                yield {**plain, "position_ids": position_ids_from_mask(inputs["attention_mask"])}
-                return
-            start = _now()
-            cache = self._read_sharers(inputs, [query.seed for query in queries])
-            self.seconds.sharer = _now() - start
-            with self._fusion_timed():
-                yield {**inputs, CACHE_ARGUMENT: cache}
-
-    def _read_sharers(self, inputs: Inputs, seeds: Sequence[int]) -> C2CCache:
-        """Let the sharers read first: the model finds in the cache what they have read, and goes on from there."""
-        cache = C2CCache(DynamicCache(config=self.c2c_model.receiver.config.get_text_config()))
-        texts = zip(inputs["sharer_input_ids"], inputs["sharer_attention_mask"], strict=True)
-        for sharer, (ids, mask) in zip(self.c2c_model.sharers, texts, strict=True):
-            state = read_text(sharer, ids, mask)
-            self.control.change_state(state, seeds)
-            cache.sharer_states.append(state)
-        return cache
-
-    @contextmanager
-    def _fusion_timed(self) -> Iterator[None]:
-        starts: list[float] = []
-
-        def end(*_: Any) -> None:
-            self.seconds.fusion += _now() - starts.pop()
-
-        hooks = [fuser.register_forward_pre_hook(lambda *_: starts.append(_now())) for fuser in self.c2c_model.fuser]
-        hooks += [fuser.register_forward_hook(end) for fuser in self.c2c_model.fuser]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
 class _StopStrings(StoppingCriteria):
     """Ends a row at a stop string, and notes when the first token was there."""
 
@@ -361,7 +278,7 @@ class _StopStrings(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.first_token is None:
-            self.first_token = _now()
+            self.first_token = now()
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
         ended = [any(string in text for string in self.stop) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
@@ -372,7 +289,8 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _now() -> float:
+def now() -> float:
+    """Return the time in seconds, when all work that was queued on a device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from ..modeling_c2c import C2CForCausalLM
 from ..prefill import SharerState
-
-#: What a processor makes, each sharer's tensors in a list.
-Inputs = dict[str, Any]
+from .answering import Inputs
 
 
 class Control:

@@ -1,11 +1,13 @@
 """One call from a fuser to a table: load tasks, answer them by all methods, compute, report."""
 
+import hashlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..adapters import has_adapter
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .answering import PlainAnswerer
@@ -37,6 +39,7 @@ def evaluate(
     adapter: str | None = None,
     self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    background_tokens: int = 256,
 ) -> dict[str, Any]:
     """Evaluate a fuser against baselines and controls on the same items.
 
@@ -57,6 +60,7 @@ def evaluate(
         adapter: Folder or Hub id of a LoRA adapter for the receiver, for the method `lora`.
         self_fuser: A pair whose sharer is its receiver, for the method `self`.
         template_kwargs: Handed to every chat template, such as `{"enable_thinking": False}`.
+        background_tokens: Longest background of the method `text_to_text`.
 
     Returns:
         What `metrics.json` holds.
@@ -69,7 +73,7 @@ def evaluate(
         # It is worked out of the others' answers.
         methods = list(dict.fromkeys(["receiver", "sharer", *methods]))
     answered = [method for method in methods if method not in DERIVED]
-    answering = build_methods(answered, model, processor, adapter, self_fuser, template_kwargs)
+    answering = build_methods(answered, model, processor, adapter, self_fuser, template_kwargs, background_tokens)
     loaded = load_tasks(tasks, None if data_dir is None else str(data_dir), limit, seed)
     if "routing" in methods and (written := [task.name for task in loaded if task.is_written]):
         raise ValueError(f"`methods`: 'routing' compares choices' likelihoods, but {written} ask for written answers.")
@@ -81,6 +85,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         adapter=adapter,
         template_kwargs=template_kwargs,
+        background_tokens=background_tokens,
     )
     folder = RunFolder(output, settings)
     answer_tasks(folder, loaded, answering, batch_size, seed, chat, max_new_tokens)
@@ -118,6 +123,7 @@ def _settings(model: C2CForCausalLM, **choices: Any) -> dict[str, Any]:
     config = model.config
     return {
         "fuser": model.name_or_path or "untrained",
+        "fuser_sha256": _digest(model),
         "receiver": config.receiver_name_or_path,
         "receiver_revision": config.receiver_revision,
         "receiver_fingerprint": config.receiver_fingerprint,
@@ -129,3 +135,18 @@ def _settings(model: C2CForCausalLM, **choices: Any) -> dict[str, Any]:
         "device": str(model.device),
         **choices,
     }
+
+
+def _digest(model: C2CForCausalLM) -> str:
+    """Hash what was trained: a folder may be trained on, and its old answers must not count for the new fuser."""
+    digest = hashlib.sha256()
+    trained = dict(model.fuser.named_parameters())
+    if has_adapter(model.receiver):
+        base = {name for name, _ in model.receiver.named_parameters() if ".base_layer." in name}
+        tuned = {name.rpartition(".base_layer.")[0] for name in base}
+        own = model.receiver.named_parameters()
+        trained |= {name: value for name, value in own if name not in base and name.startswith(tuple(tuned))}
+    for name, parameter in sorted(trained.items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .answering import C2CAnswerer, Query
+from .answering import Query
 from .controls import CONTROLS
+from .fused_answering import C2CAnswerer
 from .tasks import TASK_FOLDER
 
 
@@ -147,7 +148,7 @@ class C2CLM(HFLM):
                     kwargs.pop("temperature", None)
                 if max_new_tokens >= self.max_length:
                     raise ValueError(
-                        f"`max_gen_toks` must be below the context, {self.max_length} tokens, but got {max_new_tokens}."
+                        f"`max_gen_toks` must be below the context of {self.max_length}, but got {max_new_tokens}."
                     )
                 self.answerer.max_length = self.max_length - max_new_tokens
                 for batch in self._batches(requests, indices):

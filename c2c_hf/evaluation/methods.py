@@ -2,30 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..adapters import ADAPTER_FOLDER, add_adapter, has_adapter
 from ..chat import Message
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .answering import Answerer, C2CAnswerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written
+from .answering import Answerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written
 from .controls import CONTROLS
+from .fused_answering import C2CAnswerer
 
 #: What each method is, for the command line and the report.
 METHODS = {
-    "receiver": "the receiver by itself",
+    "receiver": "the receiver by itself, without an adapter",
     "sharer": "each sharer by itself, with its own tokenizer and template",
     "text_to_text": "the first sharer writes a sentence of background, the receiver reads it",
     "routing": "the half of the questions that the receiver is least sure of goes to the largest sharer",
-    "lora": "the receiver with a LoRA adapter",
+    "lora": "the receiver with a LoRA adapter, its fuser's own unless another is given",
     "c2c": "the receiver with the sharers' caches fused in",
     "mismatched": "C2C, but the sharers read another question",
     "shuffled": "C2C, but the sharers' positions are handed out in random order",
     "zero": "C2C, but the sharers' states are zero",
     "noise": "C2C, but the sharers' states are noise of the same norm",
     "gates_off": "C2C with every gate closed: equals the receiver up to rounding",
-    "alone": "C2C with fusion switched off: equals the receiver",
+    "alone": "C2C with fusion switched off: equals the receiver, with the adapter if the fuser brings one",
     "self": "C2C with a fuser whose sharer is the receiver itself",
 }
 #: Worked out of other methods' predictions.
@@ -105,6 +108,7 @@ def build_methods(
     adapter: str | None = None,
     self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    background_tokens: int = 256,
 ) -> dict[str, Method]:
     """Build methods; with several sharers `sharer` becomes `sharer_0`, `sharer_1`, ...
 
@@ -112,9 +116,11 @@ def build_methods(
         names: Of [`METHODS`], but for those that are worked out of others.
         model: The pair.
         processor: Its processor.
-        adapter: Folder or Hub id of a LoRA adapter for the receiver, for `lora`.
+        adapter: Folder or Hub id of a LoRA adapter for the receiver, or folder of a fuser that brings one, for `lora`.
+            `None`: the one that the receiver has.
         self_fuser: A pair whose sharer is its receiver, for `self`.
         template_kwargs: Handed to every chat template.
+        background_tokens: Longest background of `text_to_text`.
 
     Raises:
         ValueError: A name is unknown, or what its method needs is missing.
@@ -136,11 +142,12 @@ def build_methods(
             one = len(sharers) == 1
             methods.update({name if one else f"{name}_{i}": sharer for i, sharer in enumerate(sharers)})
         elif name == "text_to_text":
-            methods[name] = TextToText(sharers[0], receiver)
+            methods[name] = TextToText(sharers[0], receiver, background_tokens)
         elif name == "lora":
-            if adapter is None:
+            adapted = model.receiver if adapter is None else _adapted(model.receiver, adapter)
+            if adapter is None and not has_adapter(adapted):
                 raise ValueError("`methods`: 'lora' needs `adapter`, the folder or Hub id of a LoRA for the receiver.")
-            methods[name] = PlainAnswerer(_adapted(model.receiver, adapter), processor.tokenizer)
+            methods[name] = PlainAnswerer(adapted, processor.tokenizer, with_adapter=True)
         elif name == "self":
             if self_fuser is None:
                 raise ValueError("`methods`: 'self' needs `self_fuser`, a fuser whose sharer is the receiver.")
@@ -152,10 +159,15 @@ def build_methods(
 
 
 def _adapted(receiver: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    from peft import PeftModel
+    """Return a second receiver with an adapter from a folder or the Hub, or from a fuser's folder that has one."""
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
-    # A second copy, since the adapter changes the layers that it is put into.
-    copy = AutoModelForCausalLM.from_config(receiver.config)
-    copy.load_state_dict(receiver.state_dict())
-    copy.to(device=receiver.device, dtype=receiver.dtype)
-    return PeftModel.from_pretrained(copy, adapter).merge_and_unload().eval()
+    # A copy, since the adapter changes the layers that it is put into; without the one that the first may have.
+    weights = {name.replace(".base_layer.", "."): value for name, value in receiver.state_dict().items()}
+    copied = AutoModelForCausalLM.from_config(receiver.config, dtype=receiver.dtype)
+    copied.load_state_dict({name: weights[name] for name in copied.state_dict()})
+    beside = Path(adapter) / ADAPTER_FOLDER
+    source = str(beside if beside.is_dir() else adapter)
+    add_adapter(copied, PeftConfig.from_pretrained(source))
+    set_peft_model_state_dict(copied, load_peft_weights(source, device="cpu"), adapter_name="default")
+    return copied.to(receiver.device).requires_grad_(False).eval()

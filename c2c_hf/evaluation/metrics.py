@@ -61,8 +61,8 @@ def compute_metrics(
 
     Returns:
         `results`: per task, method and metric its value, interval, number of items, failed and unreadable ones,
-        seconds per item and the difference to the receiver alone; `pairing_gain`: C2C minus mismatched C2C;
-        `performance_gap_recovered`, per task.
+        seconds per item, the difference to the receiver and that of C2C to itself with fusion off; `pairing_gain`:
+        C2C minus mismatched C2C; `performance_gap_recovered`, per task.
     """
     results: list[dict[str, Any]] = []
     gains: list[dict[str, Any]] = []
@@ -90,8 +90,9 @@ def compute_metrics(
                     "num_unreadable": sum(record.get("prediction") is None for record in answered),
                     "seconds": _seconds(answered),
                 }
-                if method != "receiver" and "receiver" in present:
-                    result["gain_over_receiver"] = _gain(by_method[method], by_method["receiver"], column, seed)
+                for other in ("receiver", "alone"):
+                    if other in present and method != other and (other == "receiver" or method == "c2c"):
+                        result[f"gain_over_{other}"] = _gain(by_method[method], by_method[other], column, seed)
                 results.append(result)
                 if metric == "accuracy":
                     accuracies[method] = result["value"]

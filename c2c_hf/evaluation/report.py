@@ -43,6 +43,9 @@ def _headline(metrics: dict[str, Any]) -> list[str]:
             f"**Pairing gain, {gain['task']}: {100 * gain['value']:+.1f} points** "
             f"[{100 * low:+.1f}, {100 * high:+.1f}], {gain['num_items']} items: {verdict}.\n"
         )
+    for result in metrics["results"]:
+        if result["metric"] == "accuracy" and "gain_over_alone" in result:
+            lines.append(f"C2C over itself with fusion off, {result['task']}: {_gain(result['gain_over_alone'])}.\n")
     for gap in metrics["performance_gap_recovered"]:
         value = "no sharer is stronger than the receiver" if gap["value"] is None else f"{100 * gap['value']:.0f} %"
         lines.append(f"Performance gap recovered, {gap['task']}: {value}.\n")

@@ -1,0 +1,122 @@
+"""Intervals, tests and the numbers of `metrics.json`, against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from evaluation_for_tests import NEEDS
+
+pytest.importorskip("scipy", reason=NEEDS)
+
+from c2c_hf.evaluation.intervals import (  # noqa: E402
+    accuracy_interval,
+    paired_difference,
+    performance_gap_recovered,
+)
+from c2c_hf.evaluation.metrics import compute_metrics, route  # noqa: E402
+
+SECONDS = {"total": 1.0, "sharer": 0.25, "fusion": 0.25, "prefill": 0.25, "decode": 0.25}
+
+
+def records(method: str, correct: list[int], **more) -> list[dict]:
+    return [
+        {"task": "arc", "method": method, "id": f"q{i}", "correct": c, "prediction": c, "seconds": SECONDS, **more}
+        for i, c in enumerate(correct)
+    ]
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (7, 10), (300, 300)])
+def test_wilson(right: int, count: int) -> None:
+    z, share = 1.959963984540054, right / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    assert accuracy_interval([1] * right + [0] * (count - right)) == pytest.approx(
+        (middle - half, middle + half), abs=1e-9
+    )
+
+
+def test_paired_difference() -> None:
+    # 6 won, 1 lost, 13 alike.
+    first, second = [1] * 6 + [0] + [1] * 13, [0] * 6 + [1] + [1] * 13
+    found = paired_difference(first, second)
+    assert found.value == pytest.approx(5 / 20)
+    assert found.num_items == 20
+    # Of 7 disagreements at least 6 for one side, both sides.
+    assert found.p_value == pytest.approx(2 * (7 + 1) / 2**7)
+    rng = np.random.default_rng(1)
+    differences = np.subtract(first, second)
+    means = rng.choice(differences, (20_000, 20)).mean(1)
+    assert found.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.051)
+    assert found == paired_difference(first, second), "the same seed gives the same interval"
+
+
+def test_methods_that_agree_everywhere() -> None:
+    found = paired_difference([1, 0, 1], [1, 0, 1])
+    assert (found.value, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+    with pytest.raises(ValueError, match="3 results for the same items, at least one, got 2"):
+        paired_difference([1, 0, 1], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("fused", "receiver", "sharers", "expected"),
+    [(0.5, 0.4, [0.6], 0.5), (0.3, 0.4, [0.5, 0.6], -0.5), (0.5, 0.4, [0.3], None), (0.5, 0.4, [], None)],
+)
+def test_gap_recovered(fused: float, receiver: float, sharers: list[float], expected: float | None) -> None:
+    assert performance_gap_recovered(fused, receiver, sharers) == pytest.approx(expected)
+
+
+def test_metrics() -> None:
+    answered = [
+        *records("receiver", [0, 0, 0, 1]),
+        *records("sharer", [1, 1, 0, 1]),
+        *records("c2c", [1, 1, 0, 1]),
+        *records("alone", [0, 0, 1, 1]),
+        *records("mismatched", [1, 0, 0, 1]),
+    ]
+    # A failure has no prediction, and stays in the denominator.
+    answered[-1] = {**answered[-1], "correct": 0, "prediction": None, "error": "RuntimeError: ..."}
+    metrics = compute_metrics(answered, ["receiver", "sharer", "c2c", "alone", "mismatched"])
+    by_method = {result["method"]: result for result in metrics["results"]}
+    assert [by_method[m]["value"] for m in ("receiver", "sharer", "c2c", "mismatched")] == [0.25, 0.75, 0.75, 0.25]
+    assert all(result["num_items"] == 4 and result["metric"] == "accuracy" for result in metrics["results"])
+    assert (by_method["mismatched"]["num_failed"], by_method["mismatched"]["num_unreadable"]) == (1, 1)
+    assert "gain_over_receiver" not in by_method["receiver"]
+    assert by_method["c2c"]["gain_over_receiver"]["value"] == 0.5
+    assert by_method["c2c"]["gain_over_alone"]["value"] == 0.25
+    assert [method for method, result in by_method.items() if "gain_over_alone" in result] == ["c2c"]
+    assert by_method["c2c"]["seconds"] == SECONDS
+    (gain,) = metrics["pairing_gain"]
+    assert (gain["task"], gain["value"], gain["num_items"]) == ("arc", 0.5, 4)
+    assert gain["interval"][0] <= 0.5 <= gain["interval"][1]
+    assert metrics["performance_gap_recovered"] == [{"task": "arc", "value": 1.0}]
+
+
+def test_strict_and_lenient_stand_side_by_side() -> None:
+    answered = records("receiver", [1, 1, 0], correct_strict=0)
+    answered[0]["correct_strict"] = 1
+    answered.append({**answered[0], "id": "failed", "correct": 0, "prediction": None, "error": "ValueError: ..."})
+    del answered[-1]["correct_strict"]
+    results = compute_metrics(answered, ["receiver"])["results"]
+    assert {result["metric"]: result["value"] for result in results} == {"accuracy": 0.5, "accuracy_strict": 0.25}
+    assert all(result["num_items"] == 4 for result in results)
+
+
+def test_pairing_gain_is_taken_over_the_same_items() -> None:
+    answered = [*records("c2c", [1, 1, 1, 0]), *records("mismatched", [0, 1])]
+    (gain,) = compute_metrics(answered, ["c2c", "mismatched"])["pairing_gain"]
+    assert (gain["value"], gain["num_items"]) == (0.5, 2)
+
+
+def test_routing_sends_the_unsure_half() -> None:
+    receiver = {
+        r["id"]: {**r, "confidence": 0.9 - 0.1 * i} for i, r in enumerate(records("receiver", [1, 0, 0, 0, 1]))
+    }
+    sharer = {r["id"]: r for r in records("sharer", [0, 0, 1, 1, 1])}
+    routed = route(receiver, sharer)
+    assert [routed[f"q{i}"]["correct"] for i in range(5)] == [1, 0, 0, 1, 1]
+    assert routed["q4"]["seconds"]["total"] == 2.0
+    assert routed["q0"]["seconds"]["total"] == 1.0
+    metrics = compute_metrics([*receiver.values(), *sharer.values()], ["receiver", "sharer", "routing"])
+    assert {r["method"]: r["value"] for r in metrics["results"]}["routing"] == 0.6
+    with pytest.raises(ValueError, match="'routing' compares choices' likelihoods"):
+        route({r["id"]: r for r in records("receiver", [1, 0])}, sharer)

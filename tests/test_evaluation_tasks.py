@@ -1,0 +1,156 @@
+"""Benchmark data and task files: both sources give one format, and damage gives one sentence."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_for_tests import NEEDS, choice_rows, data_dir, write_rows  # noqa: F401
+
+from c2c_hf.evaluation import rows
+from c2c_hf.evaluation.rows import SOURCES, load
+from c2c_hf.evaluation.tasks import TASK_FOLDER, load_tasks, task_names
+
+pytest.importorskip("lm_eval", reason=NEEDS)
+
+ARC = {
+    "id": "7",
+    "question": "Where?",
+    "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]},
+    "answerKey": "3",
+}
+HUB = {
+    "arc_challenge": ARC,
+    "arc_easy": {**ARC, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    "openbookqa": {
+        "id": "8",
+        "question_stem": "Where?",
+        "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+        "answerKey": " B",
+    },
+    "mmlu_redux": {
+        "question": "Where?",
+        "choices": ["a", "b"],
+        "answer": 1,
+        "error_type": "ok",
+        "correct_answer": None,
+    },
+    "ceval": {"id": 5, "question": "哪里？", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "C", "explanation": ""},
+    "gsm8k": {"question": "How many?", "answer": "1,000 + 234\n#### 1,234"},
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_rows_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, config: str, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        return [HUB[name]]
+
+    monkeypatch.setattr(rows, "load_dataset", load_dataset)
+    monkeypatch.setattr(rows, "get_dataset_config_names", lambda path: ["first", "second"])
+    loaded = load(name)["test"]
+    subjects = [row["subject"] for row in loaded]
+    several = name in ("mmlu_redux", "ceval")
+    assert subjects == (["first", "second"] if several else [""])
+    assert len(set(loaded["id"])) == len(loaded)
+    assert {(path, split) for path, _, split in asked} == {(SOURCES[name].path, SOURCES[name].hub_split)}
+    if name == "gsm8k":
+        assert loaded[0]["answers"] == ["1234"]
+    else:
+        assert loaded[0]["choices"][loaded[0]["answer"]] == {"arc_challenge": "c", "ceval": "c"}.get(name, "b")
+
+
+@pytest.mark.parametrize(
+    ("correct_answer", "answer"), [("0", 0), ("A", 0), ("a planet", 0), ("neither of them", 1), (None, 1), ("7", 1)]
+)
+def test_corrected_answers_of_mmlu_redux(
+    correct_answer: str | None, answer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"question": "?", "choices": ["a planet", "b"], "answer": 1, "error_type": "wrong_groundtruth"}
+    none = {**row, "error_type": "no_correct_answer", "correct_answer": None}
+    monkeypatch.setattr(rows, "load_dataset", lambda *_, split: [{**row, "correct_answer": correct_answer}, none])
+    monkeypatch.setattr(rows, "get_dataset_config_names", lambda path: ["first"])
+    loaded = load("mmlu_redux")["test"]
+    assert loaded["answer"] == [answer], "the item without a right choice is left out"
+
+
+def test_every_data_set_has_its_task_files() -> None:
+    names = task_names()
+    for dataset, source in SOURCES.items():
+        expected = {dataset, f"{dataset}_letter", f"{dataset}_generate"}
+        assert (expected if source.kind == "choice" else {f"{dataset}_generate"}) <= set(names)
+    for name in names:
+        assert f"task: c2c_{name}\n" in (TASK_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def test_items(data_dir: Path) -> None:  # noqa: F811
+    text, letter, written, number, chinese = load_tasks(
+        ["arc_easy", "arc_easy_letter", "arc_easy_generate", "gsm8k_generate", "ceval_letter"], str(data_dir)
+    )
+    item, row = text.items[1], choice_rows()[1]
+    assert item.prompt == f"Question: {row['question']}\nAnswer:"
+    assert item.choices == tuple(f" {choice}" for choice in row["choices"])
+    assert (item.answer, item.id, item.subject, item.question) == (1, "q1", "subject 1", row["question"])
+    assert not text.is_written
+    assert letter.items[0].choices == (" A", " B")
+    assert f"A. {choice_rows()[0]['choices'][0]}\nB. " in letter.items[0].prompt
+    assert written.is_written
+    assert (written.items[1].answer, written.items[1].choices) == ("B", ())
+    assert written.max_new_tokens == 64
+    assert number.items[2].answer == "4"
+    assert chinese.items[0].prompt.startswith("题目：")
+    assert chinese.items[0].choices == ("A", "B")
+
+
+def test_a_limit_draws_the_same_items(data_dir: Path) -> None:  # noqa: F811
+    drawn = [load_tasks(["arc_easy"], str(data_dir), limit=3, seed=seed)[0] for seed in (0, 0, 1)]
+    ids = [[item.id for item in task.items] for task in drawn]
+    assert ids[0] == ids[1] != ids[2]
+    assert len(ids[0]) == 3
+    assert drawn[0].items[0].seed(0) != drawn[0].items[1].seed(0)
+
+
+def test_donors_are_other_questions_of_like_length(data_dir: Path) -> None:  # noqa: F811
+    repeated = [*choice_rows(), {**choice_rows()[0], "id": "again"}]
+    write_rows(data_dir / "arc_easy" / "test.jsonl", repeated)
+    (task,) = load_tasks(["arc_easy"], str(data_dir))
+    donors = task.donors()
+    assert len(donors) == len(repeated)
+    assert all(donors[item.id].prompt != item.prompt for item in task.items)
+    write_rows(data_dir / "arc_easy" / "test.jsonl", repeated[:1])
+    with pytest.raises(ValueError, match="at least two different questions"):
+        load_tasks(["arc_easy"], str(data_dir))[0].donors()
+
+
+def test_compressed_data(data_dir: Path) -> None:  # noqa: F811
+    plain = data_dir / "arc_easy" / "test.jsonl"
+    packed = plain.with_name("test.jsonl.gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    before = load("arc_easy", str(data_dir))["test"].to_list()
+    plain.unlink()
+    assert load("arc_easy", str(data_dir))["test"].to_list() == before
+
+
+def test_damaged_data(data_dir: Path) -> None:  # noqa: F811
+    path = data_dir / "arc_easy" / "test.jsonl"
+    rows = choice_rows(2)
+    with pytest.raises(ValueError, match=r"`tasks` must be among \['arc_challenge'.*but got \['arc_hard'\]"):
+        load_tasks(["arc_hard"], str(data_dir))
+    with pytest.raises(FileNotFoundError, match=r"openbookqa/test\.jsonl' \(or the same with \.gz\)"):
+        load("openbookqa", str(data_dir))
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:30], encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2 is no JSON")):
+        load("arc_easy", str(data_dir))
+    write_rows(path, [{"id": "1", "query": "?", "choices": ["a"], "answer": 0}])
+    with pytest.raises(ValueError, match=r"line 1 lacks \['question'\]; a row needs"):
+        load("arc_easy", str(data_dir))
+    for answer in (2, "B", -1):
+        write_rows(path, [{**rows[0], "answer": answer}])
+        with pytest.raises(
+            ValueError, match=f"line 1: `answer` must be an index into the 2 `choices`, but is {answer!r}"
+        ):
+            load("arc_easy", str(data_dir))
