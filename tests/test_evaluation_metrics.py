@@ -96,7 +96,10 @@ def test_strict_and_lenient_stand_side_by_side() -> None:
     answered[0]["correct_strict"] = 1
     answered.append({**answered[0], "id": "failed", "correct": 0, "prediction": None, "error": "ValueError: ..."})
     del answered[-1]["correct_strict"]
+    answered[0] |= {"prompt_tokens": 50, "num_tokens": 4}
+    answered[1] |= {"prompt_tokens": 60, "num_tokens": 2}
     results = compute_metrics(answered, ["receiver"])["results"]
+    assert results[0]["tokens"] == {"read": 55, "written": 3}
     assert {result["metric"]: result["value"] for result in results} == {"accuracy": 0.5, "accuracy_strict": 0.25}
     assert all(result["num_items"] == 4 for result in results)
 

@@ -61,8 +61,8 @@ def compute_metrics(
 
     Returns:
         `results`: per task, method and metric its value, interval, number of items, failed and unreadable ones,
-        seconds per item, the difference to the receiver and that of C2C to itself with fusion off; `pairing_gain`:
-        C2C minus mismatched C2C; `performance_gap_recovered`, per task.
+        seconds and tokens per item, the difference to the receiver and that of C2C to itself with fusion off;
+        `pairing_gain`: C2C minus mismatched C2C; `performance_gap_recovered`, per task.
     """
     results: list[dict[str, Any]] = []
     gains: list[dict[str, Any]] = []
@@ -89,6 +89,7 @@ def compute_metrics(
                     "num_failed": sum("error" in record for record in answered),
                     "num_unreadable": sum(record.get("prediction") is None for record in answered),
                     "seconds": _seconds(answered),
+                    "tokens": _tokens(answered),
                 }
                 for other in ("receiver", "alone"):
                     if other in present and method != other and (other == "receiver" or method == "c2c"):
@@ -122,3 +123,12 @@ def _gain(records: dict[str, Record], others: dict[str, Record], column: str, se
 def _seconds(records: Sequence[Record]) -> dict[str, float]:
     """Return the median seconds per item, of the whole and of its parts."""
     return {name: statistics.median(record["seconds"][name] for record in records) for name in _SECONDS}
+
+
+def _tokens(records: Sequence[Record]) -> dict[str, float]:
+    """Return the median numbers of tokens that were read and written for an item, where answers were written."""
+    columns = {"read": "prompt_tokens", "written": "num_tokens"}
+    counted = [record for record in records if "prompt_tokens" in record]
+    return {
+        name: statistics.median(record[column] for record in counted) for name, column in columns.items() if counted
+    }

@@ -62,8 +62,8 @@ def _tables(metrics: dict[str, Any]) -> list[str]:
             f"## {task}",
             "",
             f"| method | accuracy | {'strict | ' if strict else ''}over the receiver | items | failed | unreadable | "
-            "seconds (sharer, fusion, prefill, decode) |",
-            "| --- " * (8 if strict else 7) + "|",
+            "seconds (sharer, fusion, prefill, decode) | tokens read + written |",
+            "| --- " * (9 if strict else 8) + "|",
         ]
         for row in (row for row in rows if row["metric"] == "accuracy"):
             seconds = row["seconds"]
@@ -72,12 +72,13 @@ def _tables(metrics: dict[str, Any]) -> list[str]:
             if strict:
                 cells.append(f"{100 * strict[row['method']]:.1f}")
             cells += [_gain(row.get("gain_over_receiver")), str(row["num_items"]), str(row["num_failed"])]
-            cells += [str(row["num_unreadable"]), f"{seconds['total']:.3f} ({parts})"]
+            tokens = f"{row['tokens']['read']:.0f} + {row['tokens']['written']:.0f}" if row["tokens"] else ""
+            cells += [str(row["num_unreadable"]), f"{seconds['total']:.3f} ({parts})", tokens]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     used = dict.fromkeys(result["method"] for result in metrics["results"])
     lines += [f"- **{name}**: {METHODS.get(name, METHODS['sharer'])}" for name in used]
-    return [*lines, "", "Seconds are medians per item; the p-value is McNemar's.", ""]
+    return [*lines, "", "Seconds and tokens are medians per item; the p-value is McNemar's.", ""]
 
 
 def _percent(value: float, interval: Sequence[float]) -> str:
