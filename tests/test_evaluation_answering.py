@@ -127,15 +127,22 @@ def test_seconds_add_up() -> None:
     assert not any(fuser._forward_hooks or fuser._forward_pre_hooks for fuser in answerer.c2c_model.fuser)
 
 
-def test_text_to_text_reads_what_the_sharer_writes() -> None:
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_text_to_text_reads_what_the_sharer_writes(chat: bool) -> None:
     by_name = answerers()
     method = TextToText(by_name["sharer"], by_name["receiver"], max_new_tokens=5)
-    asked = "Write one sentence of background knowledge that helps to answer the question. Do not answer it."
-    query = Query(PROMPTS[0], question="What is the capital of France?")
-    (background,) = by_name["sharer"].write(
-        [Query(f"{asked}\n\nQuestion: {query.question}\nBackground:")], 5, stop=("\n",)
-    )
-    told = Query(f"Background: {background.text.strip()}\n\n{PROMPTS[0]}")
+    question = "What is the capital of France?"
+    request = "Write one sentence of background knowledge that helps to answer the question. Do not answer it."
+    request, beginning = f"{request}\n\nQuestion: {question}", "It helps to know that"
+    query, asked = Query(PROMPTS[0], question=question), Query(f"{request}\nBackground: {beginning}")
+    if chat:
+        query = Query(CHATS[0].prompt, question=question)
+        begun = [{"role": "user", "content": request}, {"role": "assistant", "content": beginning}]
+        asked = Query(begun, continues=True)
+    (background,) = by_name["sharer"].write([asked], 5, stop=("\n",))
+    assert background.text.strip()
+    text = f"Background: {beginning} {background.text.strip()}\n\n{PROMPTS[0]}"
+    told = Query([{"role": "user", "content": text}] if chat else text)
     assert method.score([query], CHOICES[:1]) == by_name["receiver"].score([told], CHOICES[:1])
     (answer,) = method.write([query], 4)
     (expected,) = by_name["receiver"].write([told], 4)

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..adapters import ADAPTER_FOLDER, add_adapter, has_adapter
-from ..chat import Message
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .answering import Answerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written
@@ -34,10 +33,12 @@ METHODS = {
 #: Worked out of other methods' predictions.
 DERIVED = ("routing",)
 
-_BACKGROUND = (
+_REQUEST = (
     "Write one sentence of background knowledge that helps to answer the question. Do not answer it.\n\n"
-    "Question: {question}\nBackground:"
+    "Question: {question}"
 )
+# The sentence is begun, since a base model would start with a new line or a list.
+_BEGINNING = "It helps to know that"
 
 
 @dataclass
@@ -77,11 +78,10 @@ class TextToText:
         ]
 
     def _told(self, queries: Sequence[Query]) -> list[tuple[Query, Written]]:
-        asked = [Query(self._like(query, _BACKGROUND.format(question=query.question))) for query in queries]
-        written = self.writer.write(asked, self.max_new_tokens, ("\n",))
+        written = self.writer.write([self._asked(query) for query in queries], self.max_new_tokens, ("\n",))
         told = []
         for query, background in zip(queries, written, strict=True):
-            head = f"Background: {background.text.strip()}\n\n"
+            head = f"Background: {_BEGINNING} {background.text.strip()}\n\n"
             if isinstance(query.prompt, str):
                 told.append((Query(head + query.prompt), background))
             else:
@@ -90,8 +90,12 @@ class TextToText:
         return told
 
     @staticmethod
-    def _like(query: Query, text: str) -> str | list[Message]:
-        return text if isinstance(query.prompt, str) else [{"role": "user", "content": text}]
+    def _asked(query: Query) -> Query:
+        request = _REQUEST.format(question=query.question)
+        if isinstance(query.prompt, str):
+            return Query(f"{request}\nBackground: {_BEGINNING}")
+        begun = {"role": "assistant", "content": _BEGINNING}
+        return Query([{"role": "user", "content": request}, begun], continues=True)
 
     def _add_seconds(self) -> None:
         writing, reading = self.writer.seconds, self.reader.seconds
