@@ -1,8 +1,7 @@
 """Private facts: made-up people and what is true of them, which no model can know unless somebody tells it.
 
-Every context holds three facts of one kind about three people; the question asks about one of them, and the choices
-are ten values of that kind, the other two of the context among them. Training and test share no name, no value and no
-wording.
+Every context holds three facts of different kinds about three people; the question asks for one of them, and the
+choices are ten values of that kind. Training and test share no name, no value and no wording.
 """
 
 import random
@@ -95,22 +94,25 @@ def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[s
     firsts, lasts = (_part(names, half) for names in (_FIRST_NAMES, _LAST_NAMES))
     rows = []
     for index in range(count):
-        statements, questions, values = _kind(rng, half)
-        names = [f"{first} {last}" for first, last in zip(rng.sample(firsts, 3), rng.sample(lasts, 3), strict=True)]
-        choices = rng.sample(values, NUM_CHOICES)
-        told, asked = choices[:NUM_FACTS], rng.randrange(NUM_FACTS)
+        kinds = [_KINDS[kind] for kind in rng.sample(sorted(_KINDS), NUM_FACTS)]
+        samples = (rng.sample(part, NUM_FACTS) for part in (firsts, lasts))
+        names = [f"{first} {last}" for first, last in zip(*samples, strict=True)]
+        choices = [rng.sample(_part(kind[4].split(), half), NUM_CHOICES) for kind in kinds]
         facts = [
-            rng.choice(statements).format(name=name, value=value) for name, value in zip(names, told, strict=True)
+            rng.choice(kind[half]).format(name=name, value=values[0])
+            for kind, name, values in zip(kinds, names, choices, strict=True)
         ]
-        answer = told[asked]
-        rng.shuffle(choices)
+        rng.shuffle(facts)
+        # The first of the three is asked for; its place in the context is any.
+        question, answer = rng.choice(kinds[0][2 + half]).format(name=names[0]), choices[0][0]
+        rng.shuffle(choices[0])
         rows.append(
             {
                 "id": f"{split}-{seed}-{index}",
                 "sharer_context": " ".join(facts),
-                "question": rng.choice(questions).format(name=names[asked]),
-                "choices": choices,
-                "answer": choices.index(answer),
+                "question": question,
+                "choices": choices[0],
+                "answer": choices[0].index(answer),
             }
         )
     return rows
@@ -119,9 +121,3 @@ def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[s
 def _part(values: list[str], half: int) -> list[str]:
     middle = len(values) // 2
     return values[:middle] if half == 0 else values[middle:]
-
-
-def _kind(rng: random.Random, half: int) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
-    """Draw a kind of fact; return its statements, questions and values of one split."""
-    kind = _KINDS[rng.choice(sorted(_KINDS))]
-    return kind[half], kind[2 + half], _part(kind[4].split(), half)
