@@ -235,6 +235,13 @@ def test_errors(
     assert re.search(f"^c2c evaluate: .*{message}", error)
 
 
+def test_a_memory_fuser_has_no_task(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    model, processor = pair()
+    model.config.context_mode = "memory"
+    with pytest.raises(ValueError, match="`model` is a memory fuser"):
+        evaluate(model, processor, tmp_path / "run", ["arc_easy"], ["c2c"], data_dir)
+
+
 def test_lists(capsys: pytest.CaptureFixture) -> None:
     assert main(["evaluate", "--tasks", "?"]) == 0
     printed = capsys.readouterr().out

@@ -66,9 +66,13 @@ def evaluate(
         What `metrics.json` holds.
 
     Raises:
-        ValueError: For unknown names, damaged data, or a folder of another run.
+        ValueError: For unknown names, damaged data, a folder of another run, or a memory fuser.
         FileNotFoundError: The data are not there.
     """
+    if model.config.context_mode == "memory":
+        raise ValueError(
+            "`model` is a memory fuser, which changes nothing without `sharer_context`, and no task has one yet."
+        )
     if "routing" in methods:
         # It is worked out of the others' answers.
         methods = list(dict.fromkeys(["receiver", "sharer", *methods]))
