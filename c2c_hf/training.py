@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import add_adapter
 from .collation import C2CDataCollator, as_list, random_spans
-from .fuser import FuserGroup
+from .fuser import Fuser, FuserGroup
 from .modeling_c2c import C2CForCausalLM
 from .processing_c2c import C2CProcessor
 from .training_arguments import C2CTrainingArguments
@@ -44,7 +44,7 @@ class C2CTrainer(CheckpointingTrainer):
 
     Raises:
         TypeError: The model is none of ours.
-        ValueError: Nothing to train: `train_fuser=False` without an adapter.
+        ValueError: Nothing to train: `train_fuser=False` without an adapter; or `fused_share_min` in memory mode.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which has no place here.
     """
 
@@ -74,6 +74,8 @@ class C2CTrainer(CheckpointingTrainer):
             data_collator = C2CDataCollator(processing_class)
         if peft_config is not None:
             add_adapter(model.receiver, peft_config)
+        if model.config.context_mode == "memory" and args.fused_share_min != 1.0:
+            raise ValueError("`fused_share_min` must be 1 in memory mode, where all slots of a prompt are filled.")
         if not args.train_fuser:
             model.fuser.requires_grad_(False)
             model.fusion_enabled = False
@@ -90,13 +92,17 @@ class C2CTrainer(CheckpointingTrainer):
         )
         # The trainer writes its own `use_cache` into the configuration, where nothing reads it.
         model.config.__dict__.pop("use_cache", None)
-        self._groups = [module for module in model.modules() if isinstance(module, FuserGroup)]
+        # Those with gates; the maps of memory mode have none.
+        self._fusers = [fuser for fuser in model.fuser if isinstance(fuser, Fuser)]
+        self._groups: list[FuserGroup] = [group for fuser in self._fusers for group in fuser.groups]
         for group in self._groups:
             group.gate.gate_noise = str(args.gate_noise)
         self._processor: Any = processing_class
         self._weights: list[torch.Tensor] = []
         self._guards: list[torch.Tensor] = []
         self._choices: list[torch.Tensor] = []
+        #: Summed loss and number of answer tokens of the evaluation at work.
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
         self._tokens = 0
         self._clock = 0.0
 
@@ -159,7 +165,7 @@ class C2CTrainer(CheckpointingTrainer):
     ) -> torch.Tensor:
         """Set the temperature of the gates and take one step forward and backward."""
         temperature = self.gate_temperature(self.state.global_step)
-        for fuser in self.model.fuser:
+        for fuser in self._fusers:
             fuser.gate_temperature.fill_(temperature)
         self._tokens += inputs["attention_mask"].sum()
         return super().training_step(model, inputs, num_items_in_batch)
@@ -212,6 +218,8 @@ class C2CTrainer(CheckpointingTrainer):
             guard = guard_loss(self.model, inputs, asked, labels)
             total = total + self.args.guard_weight * guard
             self._guards.append(guard.detach() / answer_tokens)
+        if not training:
+            self._evaluated += torch.stack([total.detach().double(), answer_tokens.double()]).cpu()
         count = answer_tokens if num_items_in_batch is None else num_items_in_batch
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -244,7 +252,8 @@ class C2CTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and beside a training loss what the fuser does."""
         if "loss" in logs:
-            logs.update(self.gates_open())
+            if self._fusers:
+                logs.update(self.gates_open())
             for name, values in (
                 ("mean_weight", self._weights),
                 ("guard_loss", self._guards),
@@ -253,7 +262,8 @@ class C2CTrainer(CheckpointingTrainer):
                 if values:
                     logs[name] = float(torch.stack(values).mean())
                     values.clear()
-            logs["gate_temperature"] = float(self.model.fuser[0].gate_temperature)
+            if self._fusers:
+                logs["gate_temperature"] = float(self._fusers[0].gate_temperature)
             now = time.perf_counter()
             tokens = torch.as_tensor(self._tokens, device=self.args.device)
             logs["tokens_per_second"] = round(float(self.accelerator.gather(tokens).sum()) / (now - self._clock), 1)
@@ -263,11 +273,20 @@ class C2CTrainer(CheckpointingTrainer):
     def gates_open(self) -> dict[str, float]:
         """Return the share of gates that are open at inference, of keys and of values."""
         gates: dict[str, list[bool]] = {"gates_open_key": [], "gates_open_value": []}
-        for fuser in self.model.fuser:
+        for fuser in self._fusers:
             for group in fuser.groups:
                 for entry, is_open in zip(group.entries, (group.gate.gate_logit > 0).tolist(), strict=True):
                     gates["gates_open_key" if entry < fuser.num_layers else "gates_open_value"].append(is_open)
         return {name: sum(values) / len(values) for name, values in gates.items()}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the loss is the mean over all answer tokens, whatever the batches."""
+        self._evaluated.zero_()
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = self.accelerator.reduce(self._evaluated.to(self.args.device), "sum")
+        for name in [name for name in output.metrics if name.endswith("_loss")]:
+            output.metrics[name] = float(sums[0] / sums[1].clamp_min(1))
+        return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate with hard gates; the time it takes does not count as training."""

@@ -1,8 +1,6 @@
-"""Time one training step of the pair that installs from PyPI: 192 prompt and 64 answer tokens a row.
+"""Time a training step of the pair that installs from PyPI, 192 prompt and 64 answer tokens a row, by its parts.
 
-Every line is a process of its own; the receiver's share is what is left over.
-
-    python examples/benchmark_training.py --dtype bfloat16
+The receiver's part is what is left over: python examples/benchmark_training.py --dtype bfloat16
 """
 
 import argparse

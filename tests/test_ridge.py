@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import tiny_model
+from datasets import Dataset
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
 
-from c2c_hf import C2CForCausalLM, C2CProcessor
+from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
 from c2c_hf.ridge import fit_ridge
+from c2c_hf.training_data import prepare_dataset
 
 WORDS = "The keeper counted ships . Paris is short 北京 天空 def return café 🎉 hello user breakfast".split()
 
@@ -145,6 +147,38 @@ def test_saved_and_loaded(tmp_path) -> None:
     )
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_training_goes_on_from_the_fitted_map(tmp_path) -> None:
+    """Rows with a context behind the sharer: the loss of answers falls, with choices, guard and checkpoints."""
+    model, processor = memory_pair(same=False, memory_rank=8, memory_hidden_size=8)
+    fit_ridge(model, processor, texts(30), batch_size=2, progress=False)
+    rows = [
+        {"question": "hello", "choices": ["ships", "Paris", "café"], "answer": i % 3, "sharer_context": WORDS[i] * 3}
+        for i in range(6)
+    ]
+    template = {"answer_format": "text", "question_template": "{question}", "plain_choices": True}
+    examples = prepare_dataset(Dataset.from_list(rows), processor, **template)
+    fields = {"per_device_train_batch_size": 6, "max_steps": 40, "learning_rate": 1e-2, "logging_steps": 1}
+    args = C2CTrainingArguments(
+        str(tmp_path), use_cpu=True, choice_weight=1.0, guard_weight=0.01, report_to="none", save_steps=40, **fields
+    )
+    trainer = C2CTrainer(model, args, None, examples, examples, processor)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 1.0
+    with model.alone():
+        assert trainer.evaluate()["eval_loss"] > before - 1.0
+    assert (tmp_path / "checkpoint-40" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="`fused_share_min` must be 1 in memory mode"):
+        C2CTrainer(
+            model,
+            C2CTrainingArguments(str(tmp_path), use_cpu=True, fused_share_min=0.5),
+            None,
+            examples,
+            None,
+            processor,
+        )
 
 
 def test_refused() -> None:

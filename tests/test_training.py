@@ -660,3 +660,20 @@ def test_zero_output_starts_as_the_receiver_with_open_gates(tmp_path: Path) -> N
     fused = trainer.evaluate()["eval_loss"]
     with model.alone():
         assert trainer.evaluate()["eval_loss"] == pytest.approx(fused, abs=1e-6)
+
+
+def test_evaluation_loss_counts_every_token_alike(tmp_path: Path) -> None:
+    """Whatever the batches: answers of unequal lengths, batches of unequal sizes."""
+    model = make_model()
+    losses = [
+        make_trainer(tmp_path, model, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (1, 3, 8)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    trainer = make_trainer(tmp_path, model)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in trainer.eval_dataset:
+            tokens = len(example["answer_ids"])
+            total += float(model.eval()(**trainer.data_collator([example])).loss) * tokens
+            count += tokens
+    assert losses[0] == pytest.approx(total / count, abs=1e-5)
