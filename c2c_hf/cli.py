@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
     if named:
-        parser.add_argument("--model", metavar="FUSER", help="Hub id or folder of a fuser")
+        parser.add_argument(
+            "--model", metavar="FUSER", help="Hub id or folder of a fuser; `general`: the one of the package"
+        )
     parser.add_argument(
         "--receiver", metavar="MODEL", help="Hub id or folder; with --model, in place of the recorded one"
     )
@@ -128,7 +130,11 @@ def _load(parsed: argparse.Namespace) -> "tuple[C2CForCausalLM, C2CProcessor]":
     from . import C2CForCausalLM, C2CProcessor
 
     kwargs: dict[str, Any] = {"dtype": parsed.dtype}
-    if parsed.model is not None:
+    if parsed.model in ("general", "memory") and not Path(parsed.model).exists() and not parsed.receiver:
+        from .demo import load_shipped
+
+        model, processor = load_shipped(parsed.model, **kwargs)
+    elif parsed.model is not None:
         if parsed.token_alignment is not None:
             raise ValueError(
                 "`--token-alignment` goes with `--receiver` and `--sharer`: a saved fuser records its own."
@@ -162,7 +168,7 @@ def _demo(parsed: argparse.Namespace) -> None:
 
     from . import C2CForCausalLM, C2CProcessor
     from .compare import answer_side_by_side
-    from .demo import local_pair, questions, shipped_fuser
+    from .demo import load_shipped, local_pair, questions
 
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     print("Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)")
@@ -170,20 +176,17 @@ def _demo(parsed: argparse.Namespace) -> None:
     # In float32 a prompt read in two chunks gives the receiver's own answer, word for word.
     precision: dict[str, Any] = {"dtype": "float32"}
     try:
-        folder = shipped_fuser("general")
+        model, processor = load_shipped("general", **precision)
+        print("The fuser is the trained one that comes with this package (model_cards/general.md).")
     except FileNotFoundError:
         model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, precision, precision)
         processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer)
         print("The fuser is untrained and closed, so C2C equals the receiver alone.")
-    else:
-        model = C2CForCausalLM.from_pretrained(folder, receiver=receiver, sharers=sharer, **precision)
-        processor = C2CProcessor.from_pretrained(folder)
-        print("The fuser is the trained one that comes with this package.")
     for item in questions()[: parsed.questions]:
-        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDE", item["choices"], strict=False))
-        question = f"{item['question']}\n{choices}\nAnswer:"
+        # As the fuser was trained: the answer in words.
+        question = f"Question: {item['question']}\nAnswer:"
         print(f"\n{item['question']} ({item['source']}; right: {item['choices'][item['answer']]})")
-        for name, answer in answer_side_by_side(model, processor, question, parsed.max_new_tokens).items():
+        for name, answer in answer_side_by_side(model, processor, question, parsed.max_new_tokens, True).items():
             text = textwrap.shorten(answer.text.replace("\n", " "), 110, placeholder=" ...")
             print(f"  {name:<15} {answer.seconds:5.2f} s  {text}")
 

@@ -79,12 +79,6 @@ def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
         print("\n".join(["Methods:", *(f"  {name:<14}{text}" for name, text in METHODS.items())]))
         return
     name = "untrained" if parsed.model is None else Path(parsed.model).resolve().name
-    if parsed.model in ("general", "memory") and not Path(parsed.model).exists():
-        from .demo import local_pair, shipped_fuser
-
-        parsed.model = shipped_fuser(parsed.model)
-        receiver, sharer = local_pair()
-        parsed.receiver, parsed.sharer = parsed.receiver or receiver, parsed.sharer or [sharer]
     model, processor = load(parsed)
     self_fuser = None
     if parsed.self_fuser is not None:

@@ -25,7 +25,7 @@ class Answer:
 
 
 def answer_side_by_side(
-    model: C2CForCausalLM, processor: C2CProcessor, question: str, max_new_tokens: int = 48
+    model: C2CForCausalLM, processor: C2CProcessor, question: str, max_new_tokens: int = 48, plain: bool = False
 ) -> dict[str, Answer]:
     """Let the receiver alone, every sharer alone and the fused model answer the same question, greedily.
 
@@ -34,6 +34,7 @@ def answer_side_by_side(
         processor: Its processor.
         question: A user's message.
         max_new_tokens: Length of each answer.
+        plain: Ask in plain text, without chat templates.
 
     Returns:
         Answers by `"receiver alone"`, `"sharer alone"` (numbered where there are several) and `"C2C"`.
@@ -41,7 +42,7 @@ def answer_side_by_side(
     messages = [{"role": "user", "content": question}]
 
     def fused() -> str:
-        if processor.tokenizer.chat_template is None:
+        if plain or processor.tokenizer.chat_template is None:
             inputs = processor(question, return_tensors="pt")
         else:
             inputs = processor.apply_chat_template(
@@ -52,7 +53,7 @@ def answer_side_by_side(
         return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def by_itself(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-        if tokenizer.chat_template is None:
+        if plain or tokenizer.chat_template is None:
             inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False)
         else:
             inputs = tokenizer.apply_chat_template(

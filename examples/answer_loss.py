@@ -7,7 +7,7 @@ import argparse
 import tempfile
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
-from c2c_hf.demo import local_pair, shipped_fuser
+from c2c_hf.demo import load_shipped
 from c2c_hf.training_data import prepare_dataset
 from c2c_hf.training_rows import load_rows
 
@@ -24,9 +24,7 @@ def main() -> None:
     options = parser.parse_args()
 
     if options.fuser == "general":
-        pair = dict(zip(("receiver", "sharers"), local_pair(), strict=True))
-        model = C2CForCausalLM.from_pretrained(shipped_fuser("general"), **pair, dtype=options.dtype)
-        processor = C2CProcessor.from_receiver_and_sharers(*pair.values())
+        model, processor = load_shipped("general", dtype=options.dtype)
     else:
         model = C2CForCausalLM.from_pretrained(options.fuser, dtype=options.dtype)
         processor = C2CProcessor.from_pretrained(options.fuser)

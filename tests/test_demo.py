@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from c2c_hf import demo
+from c2c_hf.continuations import continuation_scores
 
 ALIGNMENT = Path(__file__).parent / "data" / "alignment" / "alignment.json"
 TEXTS = [
@@ -114,6 +116,38 @@ def test_fusers():
         else:
             with pytest.raises(FileNotFoundError, match=f"ships no trained fuser '{name}' yet"):
                 demo.shipped_fuser(name)
+
+
+def test_the_general_fuser_is_small_and_has_a_card():
+    folder = Path(demo.shipped_fuser("general"))
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["receiver_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert config["sharer_names_or_paths"] == ["google/gemma-3-270m"]
+    card = ModelCard.load(Path(__file__).parent.parent / "model_cards" / "general.md")
+    assert card.data.license == "gemma" and card.data.base_model == [
+        config["receiver_name_or_path"],
+        *config["sharer_names_or_paths"],
+    ]
+    assert "Pairing gain" in card.text and "Gemma" in card.text
+
+
+def test_the_general_fuser_answers(real_pair):
+    """On the demo's questions the right answer is likelier with it; fused in pieces of a batch as in the batch."""
+    model, processor = demo.load_shipped("general", dtype="float32")
+    rows = demo.questions()
+    inputs = processor([f"Question: {row['question']}\nAnswer:" for row in rows])
+    answers = [
+        [processor.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in row["choices"]]
+        for row in rows
+    ]
+    with torch.no_grad():
+        fused = continuation_scores(model, inputs, answers)
+        with model.alone():
+            alone = continuation_scores(model, inputs, answers)
+    right = [4 * index + row["answer"] for index, row in enumerate(rows)]
+    gains = (fused.logprobs.sum(1) - alone.logprobs.sum(1))[right]
+    assert gains.mean() > 1.0 and (gains > 0).float().mean() > 0.7
 
 
 def test_questions():
