@@ -1,4 +1,4 @@
-"""Private facts: made-up people and what is true of them, which no model can know unless somebody tells it.
+"""Private facts: made-up people and what they like, which no model can know unless somebody tells it.
 
 Every context holds three facts of different kinds about three people; the question asks for one of them, and the
 choices are ten values of that kind. Training and test share no name, no value and no wording.
@@ -19,56 +19,40 @@ _LAST_NAMES = (
     "Abbott Brandt Castell Dreyer Eklund Farrow Galvin Hartog Ingram Jessen Keller Lindqvist Marlow Norden Okafor "
     "Pereira Quist Rowan Sandoval Thorne Ulrich Varga Whitlock Yilmaz Zamora Ashby Bellamy Corwin Dalby Ellery"
 ).split()
-#: Kind of fact -> (statements of training, statements of the test, questions of training, of the test, values).
-_KINDS: dict[str, Any] = {
-    "city": (
-        ("{name} lives in {value}.", "The home of {name} is in {value}."),
-        ("{name} has settled in {value}.", "These days {name} can be found in {value}."),
-        ("Where does {name} live?", "In which city does {name} live?"),
-        ("What is the home town of {name}?", "Which city has {name} settled in?"),
-        "Lisbon Oslo Prague Dublin Naples Geneva Seville Riga Turin Bergen Porto Lyon "
-        "Vienna Madrid Athens Cairo Boston Tokyo Berlin Dallas Sydney Delhi Lima Quebec",
-    ),
-    "job": (
-        ("{name} works as a {value}.", "By trade {name} is a {value}."),
-        ("{name} earns a living as a {value}.", "The occupation of {name} is {value}."),
-        ("What does {name} do for a living?", "What is the job of {name}?"),
-        ("What is the occupation of {name}?", "As what does {name} earn a living?"),
-        "baker pilot lawyer farmer nurse tailor butcher sailor dentist miner plumber barber "
-        "teacher painter doctor soldier writer singer actor banker carpenter chef judge gardener",
-    ),
-    "pet": (
-        ("{name} keeps a {value} at home.", "The pet of {name} is a {value}."),
-        ("{name} shares a house with a {value}.", "A {value} belongs to {name}."),
-        ("What pet does {name} have?", "Which animal does {name} keep?"),
-        ("Which animal belongs to {name}?", "With which animal does {name} share a house?"),
-        "parrot hamster rabbit turtle snake goat ferret pigeon lizard mouse canary donkey "
-        "dog cat horse goldfish duck frog spider sheep pony crow chicken owl",
-    ),
+#: Kind of fact -> values of training, values of the test.
+_KINDS = {
     "color": (
-        ("The car of {name} is {value}.", "{name} drives a {value} car."),
-        ("{name} owns a car whose color is {value}.", "The color of {name}'s car is {value}."),
-        ("What color is the car of {name}?", "Which color has the car that {name} drives?"),
-        ("What is the color of {name}'s car?", "In which color does {name} own a car?"),
-        "red silver beige maroon ivory teal crimson copper turquoise lavender bronze olive "
+        "red silver beige maroon ivory teal crimson copper turquoise lavender bronze olive",
         "blue green black white yellow purple orange brown gray pink golden violet",
     ),
     "drink": (
-        ("{name} always orders {value}.", "The drink that {name} likes best is {value}."),
-        ("{name} never says no to {value}.", "A glass of {value} is what {name} prefers."),
-        ("What does {name} always order?", "Which drink does {name} like best?"),
-        ("To which drink does {name} never say no?", "What does {name} prefer to drink?"),
-        "cider vodka espresso punch sherry rum cocoa port whiskey champagne gin brandy "
+        "cider vodka espresso punch sherry rum cocoa port whiskey champagne gin brandy",
         "tea coffee milk water juice beer wine lemonade soda cola broth cream",
     ),
+    "animal": (
+        "parrot hamster rabbit turtle snake goat ferret pigeon lizard mouse canary donkey",
+        "dog cat horse goldfish duck frog spider sheep pony crow chicken owl",
+    ),
     "instrument": (
-        ("{name} plays the {value}.", "{name} has learned the {value}."),
-        ("{name} practices the {value} every day.", "The instrument of {name} is the {value}."),
-        ("Which instrument does {name} play?", "What has {name} learned to play?"),
-        ("Which instrument does {name} practice?", "What is the instrument of {name}?"),
-        "cello harp tuba banjo oboe accordion clarinet trombone mandolin lute bassoon harmonica "
+        "cello harp tuba banjo oboe accordion clarinet trombone mandolin lute bassoon harmonica",
         "piano guitar violin drums flute trumpet organ bass horn whistle saxophone bells",
     ),
+    "city": (
+        "Lisbon Oslo Prague Dublin Naples Geneva Seville Riga Turin Bergen Porto Lyon",
+        "Vienna Madrid Athens Cairo Boston Tokyo Berlin Dallas Sydney Delhi Lima Quebec",
+    ),
+    "sport": (
+        "fencing rowing sailing archery judo surfing wrestling running diving climbing squash curling",
+        "tennis golf soccer boxing hockey rugby chess skiing cricket baseball karate polo",
+    ),
+}
+#: Statement, and question with the beginning of its answer. A small model answers what is put to it in such words.
+_WORDINGS = {
+    "train": (
+        ("The {kind} that {name} likes best is {value}.", "Which {kind} does {name} like best?"),
+        ("Of all things, the {kind} of choice for {name} is {value}.", "What is the {kind} of choice for {name}?"),
+    ),
+    "test": (("{name}'s favorite {kind} is {value}.", "What is {name}'s favorite {kind}?"),),
 }
 
 
@@ -81,8 +65,8 @@ def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[s
         split: `"train"` or `"test"`, which share no name, value or wording.
 
     Returns:
-        Rows of `id`, `sharer_context` (three facts), `question`, `choices` (ten values, in random order) and `answer`
-        (index of the right one).
+        Rows of `id`, `sharer_context` (three facts), `question` (a whole prompt, which ends with the beginning of the
+        answer), `choices` (ten values, in random order) and `answer` (index of the right one).
 
     Raises:
         ValueError: For an unknown split.
@@ -91,33 +75,30 @@ def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[s
         raise ValueError(f"`split` must be one of {list(SPLITS)}, but got {split!r}.")
     # Text seeds are hashed the same way in every process.
     rng, half = random.Random(f"{split}-{seed}"), SPLITS.index(split)
-    firsts, lasts = (_part(names, half) for names in (_FIRST_NAMES, _LAST_NAMES))
+    firsts, lasts = (names[half::2] for names in (_FIRST_NAMES, _LAST_NAMES))
     rows = []
     for index in range(count):
-        kinds = [_KINDS[kind] for kind in rng.sample(sorted(_KINDS), NUM_FACTS)]
+        kinds = rng.sample(sorted(_KINDS), NUM_FACTS)
         samples = (rng.sample(part, NUM_FACTS) for part in (firsts, lasts))
         names = [f"{first} {last}" for first, last in zip(*samples, strict=True)]
-        choices = [rng.sample(_part(kind[4].split(), half), NUM_CHOICES) for kind in kinds]
+        choices = [rng.sample(_KINDS[kind][half].split(), NUM_CHOICES) for kind in kinds]
+        statement, question = rng.choice(_WORDINGS[split])
         facts = [
-            rng.choice(kind[half]).format(name=name, value=values[0])
-            for kind, name, values in zip(kinds, names, choices, strict=True)
+            statement.format(name=name, kind=kind, value=values[0])
+            for name, kind, values in zip(names, kinds, choices, strict=True)
         ]
         rng.shuffle(facts)
         # The first of the three is asked for; its place in the context is any.
-        question, answer = rng.choice(kinds[0][2 + half]).format(name=names[0]), choices[0][0]
+        asked, answer = {"name": names[0], "kind": kinds[0]}, choices[0][0]
+        begun = statement.format(**asked, value="").removesuffix(" .")
         rng.shuffle(choices[0])
         rows.append(
             {
                 "id": f"{split}-{seed}-{index}",
                 "sharer_context": " ".join(facts),
-                "question": question,
+                "question": f"Question: {question.format(**asked)}\nAnswer: {begun}",
                 "choices": choices[0],
                 "answer": choices[0].index(answer),
             }
         )
     return rows
-
-
-def _part(values: list[str], half: int) -> list[str]:
-    middle = len(values) // 2
-    return values[:middle] if half == 0 else values[middle:]

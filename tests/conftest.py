@@ -1,6 +1,7 @@
 """Tiny models of several architectures, a naive fuser to compare with, and the real pair."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from transformers import (
 
 from c2c_hf import C2CForCausalLM
 
-torch.set_num_threads(2)
+# Inherited by the processes that tests start: another number of threads adds in another order.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 VOCAB = 96
 _COMMON = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
