@@ -7,6 +7,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ._compat import CACHE_ARGUMENT
+from .absent import AbsentSharer
 from .adapters import trains
 from .cache import C2CCache
 from .configuration_c2c import C2CConfig
@@ -36,9 +37,14 @@ class C2CMemoryMixin:
         Found out once, on the models.
 
         Raises:
-            ValueError: A model's keys turn in an unknown way.
+            ValueError: A model's keys turn in an unknown way, or a sharer is not here to be asked.
         """
         if self._rotations is None:
+            if any(isinstance(sharer, AbsentSharer) for sharer in self.sharers):
+                raise ValueError(
+                    "`load_sharers=False` does not go with `context_mode='memory'`, which must know how the sharers' "
+                    "keys turn with their position; load them, or use `context_mode='slice'`."
+                )
             self._rotations = [layer_rotations(self.receiver, "receiver")]
             self._rotations += [layer_rotations(sharer, "sharers") for sharer in self.sharers]
         return self._rotations

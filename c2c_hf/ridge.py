@@ -95,7 +95,8 @@ def fit_ridge(
         )
     fuser: MemoryFuser = model.fuser[sharer_index]
     # Layers that are made from the same sharer layers share what is summed over the features.
-    windows = {tuple(sources): _Side() for sources in fuser.sources}
+    firsts = {tuple(sources): layer_idx for layer_idx, sources in enumerate(fuser.sources)}
+    windows = {sources: _Side() for sources in firsts}
     layers = [_Side() for _ in fuser.sources]
     period, num_held_out, num_tokens = max(2, round(1 / held_out_share)), 0, 0
     for number, batch in enumerate(
@@ -105,7 +106,7 @@ def fit_ridge(
         held = number % period == period - 1 and num_held_out < max_held_out
         count = len(sharer_tokens[0])
         num_held_out, num_tokens = num_held_out + count * held, num_tokens + count * (not held)
-        features = {tuple(s): fuser.features(sharer_tokens, i).float() for i, s in enumerate(fuser.sources)}
+        features = {s: fuser.features(sharer_tokens, first).float() for s, first in firsts.items()}
         targets = [torch.cat(pair, -1).float() for pair in zip(*_halves(receiver_tokens), strict=True)]
         for side, own, x in (
             *((windows[key], x, x) for key, x in features.items()),
@@ -147,10 +148,11 @@ def _read_both(
     sharer_tokenizer = processor.sharer_tokenizers[sharer_index]
     start = [] if sharer_tokenizer.bos_token_id is None else [sharer_tokenizer.bos_token_id]
     sides = [
-        (model.sharers[sharer_index], sharer_tokenizer, start, sharer_rotations[sharer_index]),
-        (model.receiver, processor.tokenizer, processor.sink_ids(), receiver_rotations),
+        (model.sharers[sharer_index], start, sharer_rotations[sharer_index]),
+        (model.receiver, processor.sink_ids(), receiver_rotations),
     ]
-    ends = [[_ends(tokenizer, text, max_length) for text in texts] for _, tokenizer, _, _ in sides]
+    tokenizers = (sharer_tokenizer, processor.tokenizer)
+    ends = [[_ends(tokenizer, text, max_length) for text in texts] for tokenizer in tokenizers]
     # Per side the rows and columns of the tokens that both have, behind what each starts with.
     places: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
     for row, columns in enumerate(zip(*ends, strict=True)):
@@ -175,7 +177,6 @@ def _ends(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> tup
 
 def _states(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     start: list[int],
     rotations: Sequence[Rotation],
     rows: list[list[int]],
@@ -189,8 +190,8 @@ def _states(
     mask = torch.tensor([[1] * (len(start) + len(row)) + [0] * (width - len(start) - len(row)) for row in rows])
     state = read_text(model, ids, mask)
     positions = torch.arange(width).expand(ids.shape)
-    places = torch.tensor(row_places), torch.tensor(columns) + len(start)
-    return position_free_tokens(state, rotations, positions, *places)
+    in_rows, in_columns = (torch.tensor(values, dtype=torch.long) for values in (row_places, columns))
+    return position_free_tokens(state, rotations, positions, in_rows, in_columns + len(start))
 
 
 def _solve(

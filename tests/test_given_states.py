@@ -34,7 +34,7 @@ def read(model: C2CForCausalLM, inputs: dict[str, torch.Tensor] = BATCH, **kwarg
 
 def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Up to the rounding of a sharer that has read the last token, too, which a receiver here would not ask for."""
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def without_sharers(model: C2CForCausalLM) -> C2CForCausalLM:
