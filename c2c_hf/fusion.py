@@ -77,17 +77,19 @@ def plan_fusion(
     positions = torch.arange(fused.shape[1])
     ends = torch.where(fused, positions + 1, 0).amax(1)
     starts = ends if row_starts is None else row_starts.cpu()
-    tokens = []
-    for alignment in host:
-        rows, columns = (alignment >= 0).nonzero(as_tuple=True)
-        tokens.append((rows, columns, alignment[rows, columns]))
     return FusionPlan(
         row_starts=starts,
         tail_start=int(starts.min()),
         end=int(ends.max()),
-        tokens=tokens,
+        tokens=[aligned_tokens(alignment) for alignment in host],
         sharer_lengths=[int(alignment.max()) + 1 for alignment in host],
     )
+
+
+def aligned_tokens(alignment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """List what an alignment `(batch_size, seq_len)` says: batch row, receiver position and sharer position."""
+    rows, columns = (alignment >= 0).nonzero(as_tuple=True)
+    return rows, columns, alignment[rows, columns]
 
 
 def fuse_states(

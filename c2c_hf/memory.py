@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .fusion import aligned_tokens
 from .memory_fuser import MemoryFuser
 from .prefill import LayerStates, SharerState, cached_states, full_length_cache, gather_tokens, prefill
 from .rope import Rotation
@@ -87,17 +88,13 @@ def plan_memory(
     count = int(is_head.sum(1).max())
     # The head tokens of each row first, in order.
     order = torch.where(is_head, columns, columns + slots.shape[1]).argsort(1)[:, :count]
-    tokens = []
-    for alignment in host:
-        rows, positions = ((alignment >= 0) & slots).nonzero(as_tuple=True)
-        tokens.append((rows, positions, alignment[rows, positions]))
     return MemoryPlan(
         slots=slots,
         given=slots | is_head,
         heads=order,
         is_head=is_head.gather(1, order),
         tail_start=tail_start,
-        tokens=tokens,
+        tokens=[aligned_tokens(alignment.masked_fill(~slots, -1)) for alignment in host],
         sharer_lengths=[int(alignment.max()) + 1 for alignment in host],
     )
 

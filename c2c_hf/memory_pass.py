@@ -3,31 +3,27 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ._compat import CACHE_ARGUMENT
 from .absent import AbsentSharer
 from .adapters import trains
-from .cache import C2CCache
 from .configuration_c2c import C2CConfig
 from .memory import MemoryPlan, hide_slots, place_heads, plan_memory, read_heads, remember
-from .passes import check_length, fill_cache, new_length, slice_inputs, states_from
+from .passes import check_length, kept_columns, new_length
 from .prefill import LayerStates, position_ids_from_mask
+from .receiving import ReceivingMixin
 from .rope import Rotation, layer_rotations
 from .texts import SharerText, new_positions, per_sharer, texts_as_given
 
 
-class C2CMemoryMixin:
+class C2CMemoryMixin(ReceivingMixin):
     """Fills the slots of a prompt with what the sharers have read, and lets the receiver read the rest."""
 
     config: C2CConfig
-    receiver: PreTrainedModel
     sharers: Any
     fuser: Any
     fusion_enabled: bool
-    loss_function: Any
-    _receive_alone: Any
     _read_texts: Any
     _rotations: list[list[Rotation]] | None = None
 
@@ -92,7 +88,7 @@ class C2CMemoryMixin:
     ) -> CausalLMOutputWithPast:
         """Read a prompt whose slots the sharers fill."""
         seq_len = new_length(receiver_inputs)
-        keep = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
+        keep = kept_columns(logits_to_keep, seq_len)
         past_length = 0 if cache is None else int(cache.get_seq_length())
         mask = receiver_inputs["attention_mask"]
         batch_size = texts[0].alignment.shape[0]
@@ -109,31 +105,14 @@ class C2CMemoryMixin:
             whole = torch.ones(batch_size, past_length + seq_len, device=device) if mask is None else mask
             position_ids = position_ids_from_mask(whole)[:, -seq_len:]
             receiver_inputs["position_ids"] = position_ids
-        own_cache = cache if cache is not None else DynamicCache(config=self.receiver.config.get_text_config())
+        own_cache = self._own_cache(cache)
         states = self._slot_states(plan, texts, receiver_inputs, own_cache)
-
-        tail_given = plan.given[:, plan.tail_start :]
-        tail_states = [states_from(pair, plan.tail_start, seq_len - plan.tail_start) for pair in states]
-        if plan.tail_start > 0:
-            fill_cache(own_cache, states, plan.tail_start)
-        inputs = {**kwargs, **slice_inputs(receiver_inputs, plan.tail_start, seq_len)}
-        if bool(tail_given.any()):
-            fusing = own_cache if isinstance(own_cache, C2CCache) else C2CCache(own_cache)
-            with fusing.substituting(tail_states, tail_given):
-                outputs = self._receive_alone(inputs, fusing, None, True, keep, {})
-        else:
-            outputs = self._receive_alone(inputs, own_cache, None, True, keep, {})
-        logits, loss = outputs.logits[:, -keep:], None
-        if labels is not None:
-            labels = labels[:, -logits.shape[1] :].to(logits.device)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else logits,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            **{CACHE_ARGUMENT: None if use_cache is False else own_cache},
-        )
+        given = plan.given[:, plan.tail_start :]
+        substituted = given if bool(given.any()) else None
+        # A tail is always left: the plan ends in front of the columns whose logits are wanted.
+        tail: Any = self._receive_tail(states, plan.tail_start, substituted, receiver_inputs, own_cache, keep, kwargs)
+        returned = None if use_cache is False else own_cache
+        return self._output(tail.logits[:, -keep:], tail, returned, labels, logits_to_keep, kwargs)
 
     def _slot_states(
         self, plan: MemoryPlan, texts: list[SharerText], receiver_inputs: dict[str, Any], cache: Cache

@@ -3,18 +3,17 @@
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ._compat import CACHE_ARGUMENT, accepts_argument
 from .adapters import trains
 from .cache import C2CCache
 from .fusion import FusionPlan, fuse_states, plan_fusion
 from .generation import C2CGenerationMixin
 from .given_states import GivenStates, give_states
 from .memory_pass import C2CMemoryMixin
-from .passes import check_length, fill_cache, join_logits, new_length, slice_inputs, states_from
+from .passes import check_length, join_logits, kept_columns, new_length, slice_inputs
 from .prefill import (
     LayerStates,
     RecordingCache,
@@ -141,29 +140,6 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
             return self._receive_alone(receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
         return self._receive_fused(plan, texts, receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
 
-    def _receive_alone(
-        self,
-        receiver_inputs: dict[str, Any],
-        cache: Cache | None,
-        labels: torch.Tensor | None,
-        use_cache: bool | None,
-        logits_to_keep: int | torch.Tensor,
-        kwargs: dict[str, Any],
-    ) -> CausalLMOutputWithPast:
-        """Let the receiver work by itself: fusion is off, nothing is aligned, or the answer is decoded."""
-        inputs = {**kwargs, **receiver_inputs, "labels": labels, "use_cache": use_cache, CACHE_ARGUMENT: cache}
-        keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
-        if keeps_some and accepts_argument(self.receiver, "logits_to_keep"):
-            inputs["logits_to_keep"] = logits_to_keep
-            if labels is not None:
-                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                inputs["labels"] = labels[:, kept]
-        optional = ("inputs_embeds", "position_ids", "labels")
-        inputs = {name: value for name, value in inputs.items() if name not in optional or value is not None}
-        if not accepts_argument(self.receiver, "position_ids"):
-            inputs.pop("position_ids", None)
-        return self.receiver(**inputs)
-
     def _receive_fused(
         self,
         plan: FusionPlan,
@@ -177,9 +153,9 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Prefill all models, fuse, and let the receiver go on over the fused cache."""
         seq_len = new_length(receiver_inputs)
-        keep = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
+        keep = kept_columns(logits_to_keep, seq_len)
         first_kept = max(0, seq_len - keep)
-        own_cache = cache if cache is not None else DynamicCache(config=self.receiver.config.get_text_config())
+        own_cache = self._own_cache(cache)
         if self.config.fuse_response and not isinstance(own_cache, C2CCache):
             own_cache = C2CCache(own_cache)
 
@@ -187,42 +163,12 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         states, clean_logits = self._clean_states(plan, receiver_inputs, own_cache, first_kept)
         fuse_states(self.fuser, sharer_states, states, plan.tokens, self.config.fusion_mode)
 
-        tail_length = seq_len - plan.tail_start
         substituted = plan.substituted(seq_len)
-        # Cut out what the tail needs before the block's states go, layer by layer, into the cache.
-        tail_states = (
-            [states_from(pair, plan.tail_start, tail_length) for pair in states] if substituted is not None else []
-        )
-        if plan.tail_start > 0:
-            fill_cache(own_cache, states, plan.tail_start)
-
-        outputs = None
-        if tail_length > 0:
-            tail_inputs = {**kwargs, **slice_inputs(receiver_inputs, plan.tail_start, seq_len)}
-            tail_keep = min(keep, tail_length)
-            if substituted is None:
-                outputs = self._receive_alone(tail_inputs, own_cache, None, True, tail_keep, {})
-            else:
-                fusing = own_cache if isinstance(own_cache, C2CCache) else C2CCache(own_cache)
-                with fusing.substituting(tail_states, substituted):
-                    outputs = self._receive_alone(tail_inputs, fusing, None, True, tail_keep, {})
-        tail_logits = None if outputs is None else outputs.logits[:, -min(keep, tail_length) :]
+        outputs = self._receive_tail(states, plan.tail_start, substituted, receiver_inputs, own_cache, keep, kwargs)
+        tail_logits = None if outputs is None else outputs.logits[:, -min(keep, seq_len - plan.tail_start) :]
         logits = join_logits(clean_logits, tail_logits, plan, first_kept, seq_len)
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels[:, first_kept:].to(logits.device), vocab_size=logits.shape[-1], **kwargs
-            )
-        if isinstance(logits_to_keep, torch.Tensor):
-            logits = logits[:, logits_to_keep]
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=None if outputs is None else outputs.get("hidden_states"),
-            attentions=None if outputs is None else outputs.get("attentions"),
-            **{CACHE_ARGUMENT: None if use_cache is False else own_cache},
-        )
+        returned = None if use_cache is False else own_cache
+        return self._output(logits, outputs, returned, labels, logits_to_keep, kwargs)
 
     def _read_texts(self, plan: FusionPlan, texts: list[SharerText], cache: Cache) -> list[SharerState | None]:
         """Let every sharer read as far as the receiver draws on it; a [`C2CCache`] remembers what it read."""

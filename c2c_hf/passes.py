@@ -15,6 +15,11 @@ def new_length(receiver_inputs: dict[str, Any]) -> int:
     return (receiver_inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
 
 
+def kept_columns(logits_to_keep: int | torch.Tensor, seq_len: int) -> int:
+    """Return of how many last columns logits are wanted; named positions may be any."""
+    return seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
+
+
 def slice_inputs(receiver_inputs: dict[str, Any], start: int, end: int) -> dict[str, Any]:
     """Cut new tokens and their positions; the mask covers the past as well and stays."""
     sliced = dict(receiver_inputs)

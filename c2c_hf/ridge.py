@@ -212,7 +212,7 @@ def _solve(
     # Keys and values count alike in the bottleneck, whatever their size.
     sizes = torch.ones_like(mean_y)
     sizes[:key_width], sizes[key_width:] = held_y[:, :key_width].std(), held_y[:, key_width:].std()
-    solutions: list[tuple[float, float, torch.Tensor, torch.Tensor | None]] = []
+    solutions: list[tuple[float, float, torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
     for alpha in alphas:
         penalty = alpha * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
         weight, down = torch.linalg.solve(xx + penalty, xy), None
@@ -222,8 +222,8 @@ def _solve(
             basis = torch.linalg.eigh(scaled.T @ xx @ scaled).eigenvectors[:, -rank:]
             down, weight = scaled @ basis, basis.T * sizes
         predicted = held_x @ weight if down is None else held_x @ down @ weight
-        solutions.append((float(((predicted - held_y) / sizes).square().sum()), alpha, weight, down))
-    _, alpha, weight, down = min(solutions, key=lambda solution: solution[0])
+        solutions.append((float(((predicted - held_y) / sizes).square().sum()), alpha, weight, down, predicted))
+    _, alpha, weight, down, predicted = min(solutions, key=lambda solution: solution[0])
     centre = mean_x @ weight if down is None else mean_x @ down @ weight
     group.out_proj.weight[index].copy_(weight.T)
     group.out_proj.bias[index].copy_(mean_y - centre)  # type: ignore[index]
@@ -232,7 +232,6 @@ def _solve(
     if group.residual is not None:
         for parameter in group.residual[-1].parameters():
             parameter[index].zero_()
-    predicted = held_x @ weight if down is None else held_x @ down @ weight
     for scores, part in ((report.r2_keys, slice(key_width)), (report.r2_values, slice(key_width, None))):
         error, total = (predicted - held_y)[:, part].square().sum(), held_y[:, part].square().sum()
         scores.append(float(1 - error / total))

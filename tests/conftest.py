@@ -103,7 +103,10 @@ def tiny_model(name: str, seed: int = 0, vocab_size: int = VOCAB) -> PreTrainedM
     """A random model with weights large enough that attention and answers depend on the text."""
     torch.manual_seed(seed)
     config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict(), "vocab_size": vocab_size})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return enlarge_weights(AutoModelForCausalLM.from_config(config).eval())
+
+
+def enlarge_weights(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

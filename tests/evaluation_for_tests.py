@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import randomize_fuser, tiny_model
+from conftest import randomize_fuser, save_tiny_model, tiny_model
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
@@ -67,3 +67,15 @@ def data_dir(tmp_path: Path) -> Path:
     rows = [{"id": f"g{i}", "question": f"What is {i} and {i}?", "answers": [str(2 * i)]} for i in range(3)]
     write_rows(folder / "gsm8k" / "test.jsonl", rows)
     return folder
+
+
+def save_fuser(folder: Path, name: str) -> Path:
+    """Save a tiny pair's base models and, beside them as `name`, its fuser with the processor."""
+    receiver = save_tiny_model(folder / "receiver", "llama", byte_level_tokenizer())
+    sharer = save_tiny_model(folder / "sharer", "gemma3", metaspace_tokenizer(), seed=1)
+    model = C2CForCausalLM.from_receiver_and_sharers(
+        receiver, sharer, fuser_hidden_size=16, fuser_intermediate_size=16
+    )
+    randomize_fuser(model, 3).save_pretrained(folder / name)
+    C2CProcessor.from_receiver_and_sharers(receiver, sharer).save_pretrained(folder / name)
+    return folder / name

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import randomize_fuser, save_tiny_model
-from evaluation_for_tests import NEEDS, choice_rows, data_dir, pair, write_rows  # noqa: F401
-from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
+from conftest import randomize_fuser
+from evaluation_for_tests import NEEDS, choice_rows, data_dir, pair, save_fuser, write_rows  # noqa: F401
 
 import c2c_hf
 from c2c_hf import C2CForCausalLM, C2CProcessor
@@ -32,15 +31,7 @@ ALL = [name for name in METHODS if name not in ("lora", "self")]
 @pytest.fixture(scope="module")
 def fuser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved fuser beside its base models."""
-    root = tmp_path_factory.mktemp("fuser")
-    receiver = save_tiny_model(root / "receiver", "llama", byte_level_tokenizer())
-    sharer = save_tiny_model(root / "sharer", "gemma3", metaspace_tokenizer(), seed=1)
-    model = C2CForCausalLM.from_receiver_and_sharers(
-        receiver, sharer, fuser_hidden_size=16, fuser_intermediate_size=16
-    )
-    randomize_fuser(model, 3).save_pretrained(root / "tiny")
-    C2CProcessor.from_receiver_and_sharers(receiver, sharer).save_pretrained(root / "tiny")
-    return root / "tiny"
+    return save_fuser(tmp_path_factory.mktemp("fuser"), "tiny")
 
 
 def predictions(folder: Path) -> list[dict]:

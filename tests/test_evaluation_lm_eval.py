@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize_fuser, save_tiny_model
-from evaluation_for_tests import CHOICES, NEEDS, PROMPTS, data_dir, pair  # noqa: F401
-from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
+from evaluation_for_tests import CHOICES, NEEDS, PROMPTS, data_dir, pair, save_fuser  # noqa: F401
+from tokenizers_for_tests import byte_level_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
 from c2c_hf.cli import main
@@ -111,14 +111,7 @@ def test_the_shortest_context_counts() -> None:
 
 @pytest.fixture
 def fuser(tmp_path: Path) -> Path:
-    receiver = save_tiny_model(tmp_path / "receiver", "llama", byte_level_tokenizer())
-    sharer = save_tiny_model(tmp_path / "sharer", "gemma3", metaspace_tokenizer(), seed=1)
-    model = C2CForCausalLM.from_receiver_and_sharers(
-        receiver, sharer, fuser_hidden_size=16, fuser_intermediate_size=16
-    )
-    randomize_fuser(model, 3).save_pretrained(tmp_path / "fuser")
-    C2CProcessor.from_receiver_and_sharers(receiver, sharer).save_pretrained(tmp_path / "fuser")
-    return tmp_path / "fuser"
+    return save_fuser(tmp_path, "fuser")
 
 
 def samples(model: str, pretrained: Path, data: Path, task: str = "c2c_arc_easy") -> list[dict]:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, VOCAB, random_ids, tiny_model
+from conftest import CONFIGS, VOCAB, enlarge_weights, random_ids, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, LlamaConfig, PreTrainedModel, StaticCache
 
 from c2c_hf import C2CCache, C2CForCausalLM
+from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.rope import layer_rotations
 
 ROPES = {
@@ -38,12 +39,7 @@ def model_of(name: str, seed: int = 0) -> PreTrainedModel:
         return tiny_model(name, seed)
     config = type(ROPES[name]).from_dict({**ROPES[name].to_dict(), **_SIZES, "head_dim": 8})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 1.2 * parameter.shape[-1] ** -0.5)
-    return model
+    return enlarge_weights(AutoModelForCausalLM.from_config(config).eval())
 
 
 NAMES = sorted([*CONFIGS, *ROPES])
@@ -175,13 +171,11 @@ def test_several_sharers_stand_one_after_the_other(name: str) -> None:
     joined["sharer_alignment"] = halves
     logits = model(**joined, logits_to_keep=1).logits
     # By hand: the second memory's keys are those of positions 1, 2, ..., moved behind the first.
-    cache = DynamicCache()
-    model.receiver(input_ids=torch.tensor([[prompt[0], *first]]), past_key_values=cache) if False else None
     rotations = layer_rotations(model.receiver, "receiver")
     caches = []
     for context in (first, second):
         own = DynamicCache()
-        model.receiver.base_model(torch.tensor([[prompt[0], *context]]), use_cache=True, **{argument(): own})
+        model.receiver.base_model(torch.tensor([[prompt[0], *context]]), use_cache=True, **{CACHE_ARGUMENT: own})
         caches.append(own)
     whole = DynamicCache()
     for layer_idx, rotation in enumerate(rotations):
@@ -194,14 +188,8 @@ def test_several_sharers_stand_one_after_the_other(name: str) -> None:
             torch.cat([values, later.values[:, :, 1:]], dim=2),
             layer_idx,
         )
-    expected = model.receiver(input_ids=torch.tensor([prompt[1:]]), **{argument(): whole}).logits[:, -1:]
+    expected = model.receiver(input_ids=torch.tensor([prompt[1:]]), **{CACHE_ARGUMENT: whole}).logits[:, -1:]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-
-
-def argument() -> str:
-    from c2c_hf._compat import CACHE_ARGUMENT
-
-    return CACHE_ARGUMENT
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -228,20 +216,20 @@ def test_later_turns_on_a_kept_cache(make) -> None:
     prompt, context, more = PROMPTS[0], CONTEXTS[0], PROMPTS[2]
     cache = StaticCache(config=model.receiver.config, max_cache_len=64) if make == "static" else make()
     inputs = with_context([(prompt, context)])
-    model(**inputs, **{argument(): cache}, logits_to_keep=1)
+    model(**inputs, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     # The next turn says nothing of the sharer, or the same as before.
     later = torch.tensor([more])
     mask = torch.ones(1, inputs["input_ids"].shape[1] + len(more), dtype=torch.long)
-    logits = model(input_ids=later, attention_mask=mask, **{argument(): cache}).logits
+    logits = model(input_ids=later, attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits
     expected = model.receiver(torch.cat([whole_text(prompt, context), later], 1)).logits
     torch.testing.assert_close(logits[:, -1], expected[:, -1], rtol=0, atol=1e-4)
     # A turn with a memory of its own.
     cache = DynamicCache()
-    model(input_ids=torch.tensor([prompt]), **{argument(): cache})
+    model(input_ids=torch.tensor([prompt]), **{CACHE_ARGUMENT: cache})
     inputs = with_context([(more, context)], sink=2)
     past = torch.ones(1, len(prompt), dtype=torch.long)
     inputs["attention_mask"] = torch.cat([past, inputs["attention_mask"]], 1)
-    assert model(**inputs, **{argument(): cache}).logits.isfinite().all()
+    assert model(**inputs, **{CACHE_ARGUMENT: cache}).logits.isfinite().all()
 
 
 def test_gradients_reach_the_map_and_nothing_else() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import enlarge_weights
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_training_data import CHATS, chat_rows, make_processor, write_rows
@@ -57,11 +58,7 @@ def base_models(sharers: int = 1, dtype: torch.dtype = torch.float32) -> list:
         torch.manual_seed(index)
         make = LlamaConfig if index == 0 else Qwen3Config
         config = make(vocab_size=len(tokenizer), num_hidden_layers=2 + index, **_SIZES)
-        models.append(AutoModelForCausalLM.from_config(config, dtype=dtype))
-        with torch.no_grad():
-            for parameter in models[-1].parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 1.2 * parameter.shape[-1] ** -0.5)
+        models.append(enlarge_weights(AutoModelForCausalLM.from_config(config, dtype=dtype)))
     return models
 
 
