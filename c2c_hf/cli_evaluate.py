@@ -53,6 +53,7 @@ def add_evaluation_commands(
     )
     evaluate.add_argument("--adapter", metavar="LORA", help="for the method lora (default: the fuser's own)")
     evaluate.add_argument("--self-fuser", metavar="FUSER", help="fuser whose sharer is the receiver, for self")
+    evaluate.add_argument("--slice-fuser", metavar="FUSER", help="fuser that is no memory fuser, for slice")
     evaluate.add_argument(
         "--chat-template-kwargs",
         type=json.loads,
@@ -80,7 +81,10 @@ def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
         return
     name = "untrained" if parsed.model is None else Path(parsed.model).resolve().name
     model, processor = load(parsed)
-    self_fuser = None
+    self_fuser = slice_fuser = None
+    if parsed.slice_fuser is not None:
+        parsed.model = parsed.slice_fuser
+        slice_fuser = load(parsed)
     if parsed.self_fuser is not None:
         parsed.model, parsed.sharer = parsed.self_fuser, parsed.receiver and [parsed.receiver]
         self_fuser = load(parsed)
@@ -101,6 +105,7 @@ def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
         self_fuser,
         parsed.chat_template_kwargs,
         parsed.background_tokens,
+        slice_fuser,
     )
     for result in metrics["results"]:
         low, high = result["interval"]

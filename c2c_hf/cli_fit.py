@@ -30,6 +30,12 @@ def add_fit_command(commands: Any, positive: Callable[[str], int]) -> None:
     fit.add_argument("--source-layers", type=positive, nargs="+", default=[3], metavar="N", help="default 3")
     fit.add_argument("--sink-tokens", type=int, default=1, metavar="N", help="in front of the memory (default 1)")
     fit.add_argument("--rank", type=positive, metavar="N", help="of the maps (default: full)")
+    fit.add_argument(
+        "--shared-bottleneck", action="store_true", help="one of that rank for all layers, from all sharer layers"
+    )
+    fit.add_argument(
+        "--hidden-size", type=int, default=0, metavar="N", help="of a residual network for training (default: none)"
+    )
     fit.add_argument("--max-length", type=positive, default=512, metavar="N", help="tokens of a text (default 512)")
     fit.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     fit.add_argument("--device", default="cpu", metavar="DEVICE", help="such as cuda (default cpu)")
@@ -55,7 +61,13 @@ def _fit(parsed: argparse.Namespace) -> None:
     ]
     best = None
     for count in parsed.source_layers:
-        fields = {**options, "memory_source_layers": count, "memory_rank": parsed.rank}
+        fields = {
+            **options,
+            "memory_source_layers": count,
+            "memory_rank": parsed.rank,
+            "memory_shared_bottleneck": parsed.shared_bottleneck,
+            "memory_hidden_size": parsed.hidden_size,
+        }
         model: Any = C2CForCausalLM.from_receiver_and_sharers(loaded[0], loaded[1], **fields)
         report = fit_ridge(model, processor, texts, max_length=parsed.max_length)
         keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))

@@ -94,6 +94,8 @@ class C2CConfig(PreTrainedConfig):
             made from.
         memory_sink_tokens: Number of the receiver's own tokens in front of the memory, its attention sink.
         memory_rank: Width of the bottleneck of the maps. `None`: full rank.
+        memory_shared_bottleneck: All receiver layers are made from one bottleneck of `memory_rank`, and that from all
+            sharer layers (`memory_source_layers` has no say): far fewer weights for the same rank.
         memory_hidden_size: Width of the residual network beside the maps. 0: none.
         fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's
             own states, `"sequential"` hands each fuser what the one before it made.
@@ -135,6 +137,7 @@ class C2CConfig(PreTrainedConfig):
     memory_source_layers: int = 3
     memory_sink_tokens: int = 1
     memory_rank: int | None = None
+    memory_shared_bottleneck: bool = False
     memory_hidden_size: int = 0
     fusion_mode: str = "parallel"
     fuse_response: bool = False
@@ -172,6 +175,8 @@ class C2CConfig(PreTrainedConfig):
             _check_integer(field, getattr(self, field), smallest)
         if self.memory_rank is not None:
             _check_integer("memory_rank", self.memory_rank, 1)
+        elif self.memory_shared_bottleneck:
+            raise ValueError("`memory_shared_bottleneck` needs `memory_rank`, its width, but that is None.")
         optional = ("sharer_revisions", "sharer_fingerprints", "sharer_tokenizer_hashes", "sharer_bos_token_ids")
         for field in ("sharer_names_or_paths", *optional):
             if getattr(self, field) is not None:

@@ -60,8 +60,14 @@ class MemoryFuser(nn.Module):
     Args:
         receiver_shapes: Shape of every cached receiver layer.
         sharer_shapes: Shape of every cached sharer layer.
-        config: `memory_source_layers`, `memory_rank` and `memory_hidden_size`.
+        config: `memory_source_layers`, `memory_rank`, `memory_shared_bottleneck` and `memory_hidden_size`.
+
+    The buffers `sharer_scales` and `receiver_scales` hold a typical size of the states, every layer's keys, then every
+    layer's values: the maps work on states of about unit size, so that one penalty and one learning rate suit all.
     """
+
+    sharer_scales: torch.Tensor
+    receiver_scales: torch.Tensor
 
     def __init__(
         self, receiver_shapes: Sequence[LayerShape], sharer_shapes: Sequence[LayerShape], config: C2CConfig
@@ -70,18 +76,29 @@ class MemoryFuser(nn.Module):
         #: (num_key_value_heads, key head_dim, value head_dim) of every receiver layer.
         self.receiver_shapes = [(int(heads), int(key), int(value)) for heads, key, value in receiver_shapes]
         #: The sharer layers that each receiver layer is made from.
-        self.sources = source_layers(len(receiver_shapes), len(sharer_shapes), config.memory_source_layers)
+        #: Heads x head_dim of every sharer layer's keys, then of every layer's values.
+        self.entry_widths = [int(shape[0] * shape[i]) for i in (1, 2) for shape in sharer_shapes]
+        shared = config.memory_shared_bottleneck
+        count = len(sharer_shapes) if shared else config.memory_source_layers
+        self.sources = source_layers(len(receiver_shapes), len(sharer_shapes), count)
+        self.register_buffer("sharer_scales", torch.ones(2 * len(sharer_shapes)))
+        self.register_buffer("receiver_scales", torch.ones(2 * len(receiver_shapes)))
+        rank, hidden_size = config.memory_rank, config.memory_hidden_size
+        self.down_proj = None
+        if shared and rank is not None:
+            self.down_proj = nn.Linear(sum(self.entry_widths), rank, bias=False)
         groups: dict[tuple[int, int], list[int]] = {}
         for layer_idx, (heads, key_dim, value_dim) in enumerate(self.receiver_shapes):
-            in_features = sum(sharer_shapes[i][0] * sum(sharer_shapes[i][1:]) for i in self.sources[layer_idx])
-            groups.setdefault((in_features, heads * (key_dim + value_dim)), []).append(layer_idx)
-        rank, hidden_size = config.memory_rank, config.memory_hidden_size
+            width = sum(self.entry_widths[entry] for entry in self.entries(layer_idx))
+            width = width if self.down_proj is None else self.down_proj.out_features
+            groups.setdefault((width, heads * (key_dim + value_dim)), []).append(layer_idx)
+        own_rank = None if shared else rank
         self.groups: Any = nn.ModuleList(
-            MemoryGroup(layers, *shape, rank, hidden_size) for shape, layers in groups.items()
+            MemoryGroup(layers, *shape, own_rank, hidden_size) for shape, layers in groups.items()
         )
 
     def features(self, sharer_states: Sequence[torch.Tensor], layer_idx: int) -> torch.Tensor:
-        """Return what a receiver layer is made from.
+        """Return what a receiver layer, or the bottleneck in front of all of them, is made from.
 
         Args:
             sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, free of position, then every
@@ -91,8 +108,20 @@ class MemoryFuser(nn.Module):
         Returns:
             `(num_tokens, in_features)`.
         """
-        num_layers, sources = len(sharer_states) // 2, self.sources[layer_idx]
-        return torch.cat([sharer_states[i] for s in sources for i in (s, num_layers + s)], dim=-1)
+        scales = self.sharer_scales
+        return torch.cat([sharer_states[i].to(scales.dtype) / scales[i] for i in self.entries(layer_idx)], dim=-1)
+
+    def entries(self, layer_idx: int) -> list[int]:
+        """Return which of the sharer's entries the features of a receiver layer consist of, in order."""
+        num_layers = len(self.sharer_scales) // 2
+        return [i for source in self.sources[layer_idx] for i in (source, num_layers + source)]
+
+    def bottleneck(self, layer_idx: int) -> int | None:
+        """Return the rank of a receiver layer's map, `None` for a full one."""
+        if self.down_proj is not None:
+            return self.down_proj.out_features
+        group = next(group for group in self.groups if layer_idx in group.layers)
+        return None if group.down_proj is None else group.down_proj.weight.shape[1]
 
     def forward(self, sharer_states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Make the receiver's states of a context.
@@ -103,12 +132,18 @@ class MemoryFuser(nn.Module):
         Returns:
             Per receiver layer its keys, free of position, and values: `(num_tokens, num_key_value_heads, head_dim)`.
         """
-        states: list[Any] = [None] * len(self.receiver_shapes)
+        num_layers = len(self.receiver_shapes)
+        states: list[Any] = [None] * num_layers
+        shared = None if self.down_proj is None else self.down_proj(self.features(sharer_states, 0))
         for group in self.groups:
-            dtype = group.out_proj.weight.dtype
-            features = torch.stack([self.features(sharer_states, layer_idx) for layer_idx in group.layers])
-            for layer_idx, made in zip(group.layers, group(features.to(dtype)).unbind(0), strict=True):
+            if shared is None:
+                features = torch.stack([self.features(sharer_states, layer_idx) for layer_idx in group.layers])
+            else:
+                features = shared.expand(len(group.layers), *shared.shape)
+            for layer_idx, made in zip(group.layers, group(features).unbind(0), strict=True):
                 heads, key_dim, value_dim = self.receiver_shapes[layer_idx]
                 keys, values = made.split([heads * key_dim, heads * value_dim], dim=-1)
+                keys = keys * self.receiver_scales[layer_idx]
+                values = values * self.receiver_scales[num_layers + layer_idx]
                 states[layer_idx] = (keys.unflatten(-1, (heads, key_dim)), values.unflatten(-1, (heads, value_dim)))
         return states

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ._compat import CACHE_ARGUMENT, accepts_argument
 from .cache import C2CCache
+from .output_head import contiguous_head
 from .passes import fill_cache, new_length, slice_inputs, states_from
 from .prefill import LayerStates
 
@@ -39,7 +40,8 @@ class ReceivingMixin:
         inputs = {name: value for name, value in inputs.items() if name not in optional or value is not None}
         if not accepts_argument(self.receiver, "position_ids"):
             inputs.pop("position_ids", None)
-        return self.receiver(**inputs)
+        with contiguous_head(self.receiver):
+            return self.receiver(**inputs)
 
     def _own_cache(self, cache: Cache | None) -> Cache:
         return DynamicCache(config=self.receiver.config.get_text_config()) if cache is None else cache

@@ -1,55 +1,23 @@
 """Closed-form maps from a sharer's states to the receiver's: a memory fuser in minutes, without a gradient."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from .memory import position_free_tokens
-from .memory_fuser import MemoryFuser, MemoryGroup
+from .memory_fuser import MemoryFuser
 from .modeling_c2c import C2CForCausalLM
 from .prefill import read_text
 from .processing_c2c import C2CProcessor
+from .ridge_solution import RidgeReport, Sums, solve_maps
 from .rope import Rotation
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
-
-
-@dataclass
-class RidgeReport:
-    """How well the receiver's states are predicted, on tokens that were held out.
-
-    Attributes:
-        num_tokens: Number of tokens fitted on.
-        num_held_out: Number of tokens held out.
-        r2_keys: Per receiver layer the share of the variance of its keys (free of position) that is explained.
-        r2_values: The same of its values.
-        alphas: Per receiver layer the penalty chosen, relative to the mean variance of the features.
-    """
-
-    num_tokens: int
-    num_held_out: int
-    r2_keys: list[float]
-    r2_values: list[float]
-    alphas: list[float]
-
-
-@dataclass
-class _Side:
-    """Sums over features or targets, and what is held out of them; their size does not depend on the tokens read."""
-
-    total: Any = 0.0
-    products: Any = 0.0
-    held: list[torch.Tensor] = field(default_factory=list)
-
-    def add(self, own: torch.Tensor, features: torch.Tensor) -> None:
-        """Add tokens: their sum, and the products with the features."""
-        # Products of a few hundred tokens in float32, sums in float64.
-        self.total, self.products = self.total + own.double().sum(0), self.products + (features.T @ own).double()
+#: Tokens whose products are summed up at once: adding to sums of the features' width is what costs.
+_CHUNK = 4096
 
 
 @torch.no_grad()
@@ -94,40 +62,50 @@ def fit_ridge(
             f"`fit_ridge` needs `context_mode='memory'`, but the model has {model.config.context_mode!r}."
         )
     fuser: MemoryFuser = model.fuser[sharer_index]
+    fuser.sharer_scales.fill_(1.0)
     # Layers that are made from the same sharer layers share what is summed over the features.
     firsts = {tuple(sources): layer_idx for layer_idx, sources in enumerate(fuser.sources)}
-    windows = {sources: _Side() for sources in firsts}
-    layers = [_Side() for _ in fuser.sources]
-    period, num_held_out, num_tokens = max(2, round(1 / held_out_share)), 0, 0
-    for number, batch in enumerate(
-        tqdm(_batches(texts, batch_size), desc="Fitting", unit="batch", disable=not progress)
-    ):
-        sharer_tokens, receiver_tokens = _read_both(model, processor, batch, sharer_index, max_length)
-        held = number % period == period - 1 and num_held_out < max_held_out
-        count = len(sharer_tokens[0])
-        num_held_out, num_tokens = num_held_out + count * held, num_tokens + count * (not held)
-        features = {s: fuser.features(sharer_tokens, first).float() for s, first in firsts.items()}
+    windows = {sources: Sums() for sources in firsts}
+    layers = [Sums() for _ in fuser.sources]
+
+    def add(tokens: list[tuple[list[torch.Tensor], list[torch.Tensor]]], held: bool) -> None:
+        sharer_tokens, receiver_tokens = (
+            [torch.cat(entry) for entry in zip(*side, strict=True)] for side in zip(*tokens, strict=True)
+        )
+        features = {sources: fuser.features(sharer_tokens, first).float() for sources, first in firsts.items()}
         targets = [torch.cat(pair, -1).float() for pair in zip(*_halves(receiver_tokens), strict=True)]
-        for side, own, x in (
-            *((windows[key], x, x) for key, x in features.items()),
+        for sums, own, x in (
+            *((windows[sources], x, x) for sources, x in features.items()),
             *((layer, y, features[tuple(s)]) for layer, y, s in zip(layers, targets, fuser.sources, strict=True)),
         ):
             if held:
-                side.held.append(own)
+                sums.held.append(own)
             else:
-                side.add(own, x)
+                sums.add(own, x)
+
+    period, num_held_out, num_tokens, waiting = max(2, round(1 / held_out_share)), 0, 0, []
+    for number, batch in enumerate(
+        tqdm(_batches(texts, batch_size), desc="Fitting", unit="batch", disable=not progress)
+    ):
+        tokens = _read_both(model, processor, batch, sharer_index, max_length)
+        count = len(tokens[0][0])
+        if number % period == period - 1 and num_held_out < max_held_out:
+            num_held_out += count
+            add([tokens], held=True)
+            continue
+        num_tokens += count
+        waiting.append(tokens)
+        if sum(len(sharer_tokens[0]) for sharer_tokens, _ in waiting) >= _CHUNK:
+            add(waiting, held=False)
+            waiting = []
+    if waiting:
+        add(waiting, held=False)
     if num_tokens < 2 or num_held_out < 2:
         raise ValueError(
             f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give "
             "more texts or a smaller `batch_size`."
         )
-    report = RidgeReport(num_tokens, num_held_out, [], [], [])
-    for layer_idx, layer in enumerate(tqdm(layers, desc="Solving", unit="layer", disable=not progress)):
-        group = next(group for group in fuser.groups if layer_idx in group.layers)
-        heads, key_dim, _ = fuser.receiver_shapes[layer_idx]
-        window = windows[tuple(fuser.sources[layer_idx])]
-        _solve(window, layer, num_tokens, group, group.layers.index(layer_idx), heads * key_dim, alphas, report)
-    return report
+    return solve_maps(fuser, windows, layers, num_tokens, num_held_out, alphas, progress)
 
 
 def _halves(entries: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -192,47 +170,3 @@ def _states(
     positions = torch.arange(width).expand(ids.shape)
     in_rows, in_columns = (torch.tensor(values, dtype=torch.long) for values in (row_places, columns))
     return position_free_tokens(state, rotations, positions, in_rows, in_columns + len(start))
-
-
-def _solve(
-    window: _Side,
-    layer: _Side,
-    num_tokens: int,
-    group: MemoryGroup,
-    index: int,
-    key_width: int,
-    alphas: Sequence[float],
-    report: RidgeReport,
-) -> None:
-    """Solve one layer, choose its penalty, write its weights and report."""
-    mean_x, mean_y = window.total / num_tokens, layer.total / num_tokens
-    xx = window.products - torch.outer(mean_x, window.total)
-    xy = layer.products - torch.outer(mean_x, layer.total)
-    held_x, held_y = torch.cat(window.held).double() - mean_x, torch.cat(layer.held).double() - mean_y
-    # Keys and values count alike in the bottleneck, whatever their size.
-    sizes = torch.ones_like(mean_y)
-    sizes[:key_width], sizes[key_width:] = held_y[:, :key_width].std(), held_y[:, key_width:].std()
-    solutions: list[tuple[float, float, torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
-    for alpha in alphas:
-        penalty = alpha * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        weight, down = torch.linalg.solve(xx + penalty, xy), None
-        if group.down_proj is not None:
-            rank = group.down_proj.weight.shape[1]
-            scaled = weight / sizes
-            basis = torch.linalg.eigh(scaled.T @ xx @ scaled).eigenvectors[:, -rank:]
-            down, weight = scaled @ basis, basis.T * sizes
-        predicted = held_x @ weight if down is None else held_x @ down @ weight
-        solutions.append((float(((predicted - held_y) / sizes).square().sum()), alpha, weight, down, predicted))
-    _, alpha, weight, down, predicted = min(solutions, key=lambda solution: solution[0])
-    centre = mean_x @ weight if down is None else mean_x @ down @ weight
-    group.out_proj.weight[index].copy_(weight.T)
-    group.out_proj.bias[index].copy_(mean_y - centre)  # type: ignore[index]
-    if down is not None and group.down_proj is not None:
-        group.down_proj.weight[index].copy_(down.T)
-    if group.residual is not None:
-        for parameter in group.residual[-1].parameters():
-            parameter[index].zero_()
-    for scores, part in ((report.r2_keys, slice(key_width)), (report.r2_values, slice(key_width, None))):
-        error, total = (predicted - held_y)[:, part].square().sum(), held_y[:, part].square().sum()
-        scores.append(float(1 - error / total))
-    report.alphas.append(alpha)

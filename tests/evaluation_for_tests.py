@@ -25,7 +25,7 @@ CHOICES = [
 ]
 
 
-def pair(sharers: int = 1, chat: bool = True) -> tuple[C2CForCausalLM, C2CProcessor]:
+def pair(sharers: int = 1, chat: bool = True, mode: str = "slice") -> tuple[C2CForCausalLM, C2CProcessor]:
     """A byte-level receiver and metaspace sharers with BOS, fused strongly."""
     template = {} if chat else {"chat_template": None}
     tokenizers = [byte_level_tokenizer(**template), metaspace_tokenizer(), byte_level_tokenizer(vocab_size=330)]
@@ -33,9 +33,15 @@ def pair(sharers: int = 1, chat: bool = True) -> tuple[C2CForCausalLM, C2CProces
     names = ("llama", "gemma3", "qwen3")[: sharers + 1]
     models = [tiny_model(name, seed, len(tokenizers[seed])) for seed, name in enumerate(names)]
     model = C2CForCausalLM.from_receiver_and_sharers(
-        models[0], models[1:], token_alignment="span", fuser_hidden_size=16, fuser_intermediate_size=16
+        models[0],
+        models[1:],
+        token_alignment="span",
+        fuser_hidden_size=16,
+        fuser_intermediate_size=16,
+        context_mode=mode,
     )
-    return randomize_fuser(model, 9), C2CProcessor(tokenizers[0], tokenizers[1:], token_alignment="span")
+    processor = C2CProcessor(tokenizers[0], tokenizers[1:], token_alignment="span", context_mode=mode)
+    return randomize_fuser(model, 9), processor
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import CONFIGS, tiny_c2c, tiny_model
 
+from c2c_hf import C2CForCausalLM
 from c2c_hf.continuations import continuation_scores
+from c2c_hf.output_head import contiguous_head
 
 CONTINUATIONS = [[[5, 6, 7], [9]], [[1, 2]], [[4], [8, 8, 8, 3]]]
 
@@ -76,3 +78,18 @@ def test_refused() -> None:
     inputs["attention_mask"][0, -1] = 0
     with pytest.raises(ValueError, match="padded on the left"):
         continuation_scores(model, inputs, CONTINUATIONS)
+
+
+def test_the_head_multiplies_a_copy_and_is_left_alone() -> None:
+    """A hook for as long as the receiver works, so that a slice's slow product is never taken."""
+    model = tiny_model("llama", 0)
+    head, seen = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    hidden_states = torch.randn(3, 5, head.in_features)
+    with contiguous_head(model):
+        head(hidden_states[:, -1:])
+    assert seen == [True] and not head._forward_pre_hooks
+    pair = C2CForCausalLM.from_receiver_and_sharers(model, tiny_model("llama", 1), fuser_hidden_size=8)
+    with torch.no_grad():
+        pair(torch.ones(3, 6, dtype=torch.long), logits_to_keep=1)
+    assert seen[1:] and all(seen[1:]) and not head._forward_pre_hooks

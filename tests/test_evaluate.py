@@ -17,6 +17,7 @@ import c2c_hf
 from c2c_hf import C2CForCausalLM, C2CProcessor
 from c2c_hf.adapters import add_adapter
 from c2c_hf.cli import main
+from c2c_hf.continuations import continuation_scores
 
 pytest.importorskip("lm_eval", reason=NEEDS)
 pytest.importorskip("scipy", reason=NEEDS)
@@ -24,8 +25,9 @@ pytest.importorskip("scipy", reason=NEEDS)
 from c2c_hf.evaluation.evaluate import evaluate  # noqa: E402
 from c2c_hf.evaluation.methods import METHODS, build_methods  # noqa: E402
 from c2c_hf.evaluation.records import RunFolder  # noqa: E402
+from c2c_hf.evaluation.tasks import Item, load_tasks  # noqa: E402
 
-ALL = [name for name in METHODS if name not in ("lora", "self")]
+ALL = [name for name in METHODS if name not in ("lora", "self", "slice")]
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +228,46 @@ def test_errors(
     assert re.search(f"^c2c evaluate: .*{message}", error)
 
 
-def test_a_memory_fuser_has_no_task(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_memory_fuser_needs_contexts(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     model, processor = pair()
     model.config.context_mode = "memory"
-    with pytest.raises(ValueError, match="`model` is a memory fuser"):
+    with pytest.raises(ValueError, match=r"`tasks`: \['arc_easy'\] have no contexts"):
         evaluate(model, processor, tmp_path / "run", ["arc_easy"], ["c2c"], data_dir)
+
+
+def test_contexts_reach_those_who_may_read_them(tmp_path: Path) -> None:
+    model, processor = pair(mode="memory")
+    methods = ["receiver", "reader", "sharer", "c2c", "slice", "mismatched", "zero", "alone"]
+    settings = {"limit": 5, "slice_fuser": pair()}
+    metrics = evaluate(model, processor, tmp_path / "run", ["private_facts"], methods, **settings)
+    assert [gain["task"] for gain in metrics["pairing_gain"]] == ["private_facts"]
+    assert not any(result["num_failed"] for result in metrics["results"])
+    scores: dict[str, dict[str, list[float]]] = {}
+    for record in predictions(tmp_path / "run"):
+        scores.setdefault(record["method"], {})[record["id"]] = record["scores"]
+    (task,) = load_tasks(["private_facts"], limit=5)
+    donors = task.donors()
+    for item in task.items:
+        assert item.context and item.context not in item.prompt
+        assert donors[item.id].context != item.context
+
+        def expected(prompt: str, context: str | None, item: Item = item) -> list[float]:
+            inputs = processor([prompt], sharer_context=context)
+            seam = processor.tokenizer(prompt)["input_ids"]
+            ids = [processor.tokenizer(prompt + choice)["input_ids"][len(seam) :] for choice in item.choices]
+            return pytest.approx(continuation_scores(model, inputs, [ids]).logprobs.sum(1).tolist(), abs=1e-3)
+
+        assert scores["c2c"][item.id] == expected(item.prompt, item.context)
+        assert scores["mismatched"][item.id] == expected(item.prompt, donors[item.id].context)
+        assert scores["reader"][item.id] == expected(f"{item.context}\n\n{item.prompt}", None)
+        assert scores["receiver"][item.id] == expected(item.prompt, None)
+        assert scores["alone"][item.id] == pytest.approx(scores["receiver"][item.id], abs=1e-4)
+    for name in ("reader", "c2c", "slice", "mismatched", "zero"):
+        assert scores[name] != scores["receiver"]
+    with pytest.raises(ValueError, match="'gates_off' needs gates"):
+        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["gates_off"], limit=5)
+    with pytest.raises(ValueError, match="'slice' needs `slice_fuser`"):
+        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["slice"], limit=5)
 
 
 def test_lists(capsys: pytest.CaptureFixture) -> None:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
-from c2c_hf.ridge import fit_ridge
+from c2c_hf.ridge import _read_both, fit_ridge
 from c2c_hf.training_data import prepare_dataset
 
 WORDS = "The keeper counted ships . Paris is short 北京 天空 def return café 🎉 hello user breakfast".split()
@@ -49,23 +49,18 @@ def test_recovers_the_identity() -> None:
 def test_is_the_least_squares_solution() -> None:
     """As torch solves the same problem from all tokens at once."""
     model, processor = memory_pair(same=False)
-    seen = {}
-    fuser = model.fuser[0]
-    features = fuser.features
-    fuser.features = lambda states, layer_idx: (
-        seen.setdefault(layer_idx, []).append(features(states, layer_idx)) or (seen[layer_idx][-1])
-    )
     # The second of two batches is held out.
     report = fit_ridge(model, processor, texts(15)[:16], alphas=[1e-8], held_out_share=0.5, progress=False)
-    x = seen[0][0].double()
-    assert report.num_tokens == len(x) and report.num_held_out == len(seen[0][1])
-    weight, bias = fuser.groups[0].out_proj.weight[0].double(), fuser.groups[0].out_proj.bias[0].double()
+    fuser = model.fuser[0]
+    (sharer_tokens, receiver_tokens), held = (
+        _read_both(model, processor, batch, 0, 512) for batch in (texts(15)[:8], texts(15)[8:16])
+    )
+    assert report.num_tokens == len(sharer_tokens[0]) and report.num_held_out == len(held[0][0])
+    x = fuser.features(sharer_tokens, 0).double()
     residual_is_orthogonal = (x - x.mean(0)).T
-    fitted = x @ weight.T + bias
+    keys, values = (states.flatten(1).double() for states in fuser(sharer_tokens)[0])
+    fitted = torch.cat([keys, values], -1)
     # The normal equations: what is left over has nothing to do with the features.
-    from c2c_hf.ridge import _read_both
-
-    _, receiver_tokens = _read_both(model, processor, texts(15)[:8], 0, 512)
     target = torch.cat([receiver_tokens[0], receiver_tokens[len(receiver_tokens) // 2]], -1).double()
     left = residual_is_orthogonal @ (target - fitted)
     assert left.abs().max().item() < 1e-3 * (residual_is_orthogonal @ target).abs().max().item()
@@ -81,6 +76,32 @@ def test_a_bottleneck_loses_little_and_a_wide_one_nothing() -> None:
     width = model.fuser[0].groups[0].out_proj.weight.shape[1]
     model, processor = memory_pair(same=False, memory_rank=width, memory_source_layers=2)
     fit_ridge(model, processor, texts(60), batch_size=4, progress=False)
+
+
+def test_one_bottleneck_for_all_layers() -> None:
+    """It loses more than one of the same rank per layer, has far fewer weights, and a wide one loses nothing."""
+    scores, sizes = {}, {}
+    for name, fields in {
+        "shared 8": {"memory_rank": 8, "memory_shared_bottleneck": True},
+        "shared 96": {"memory_rank": 96, "memory_shared_bottleneck": True},
+        "own 8": {"memory_rank": 8, "memory_source_layers": 9},
+        "full": {"memory_source_layers": 9},
+    }.items():
+        model, processor = memory_pair(same=False, **fields)
+        report = fit_ridge(model, processor, texts(60), batch_size=4, alphas=[1e-2], progress=False)
+        scores[name] = sum(report.r2_keys + report.r2_values)
+        sizes[name] = sum(parameter.numel() for parameter in model.fuser.parameters())
+    assert scores["shared 8"] < scores["own 8"] < scores["full"]
+    assert scores["shared 96"] == pytest.approx(scores["full"], abs=1e-3)
+    assert sizes["shared 8"] < sizes["own 8"] < sizes["full"]
+    # What the bottleneck hands on is of unit size, whatever the sizes of the states.
+    model, processor = memory_pair(same=False, memory_rank=8, memory_shared_bottleneck=True)
+    model.sharers[0].model.layers[1].self_attn.v_proj.weight.data *= 100.0
+    fit_ridge(model, processor, texts(60), batch_size=4, progress=False)
+    fuser, (sharer_tokens, _) = model.fuser[0], _read_both(model, processor, texts(60), 0, 512)
+    hidden = fuser.down_proj(fuser.features(sharer_tokens, 0))
+    assert hidden.std(0).tolist() == pytest.approx([1.0] * 8, rel=0.2)
+    assert fuser.sharer_scales.log2().frac().eq(0).all() and fuser.sharer_scales[len(fuser.sharer_scales) // 2 + 1] > 1
 
 
 def test_a_residual_network_starts_at_the_fitted_map() -> None:
@@ -187,6 +208,10 @@ def test_refused() -> None:
         fit_ridge(model, processor, texts(20), progress=False)
     with pytest.raises(ValueError, match="needs `token_alignment='span'`"):
         C2CProcessor(byte_level_tokenizer(), byte_level_tokenizer(), "identity", context_mode="memory")
+    with pytest.raises(ValueError, match="`alphas`: .* are all too small"):
+        fit_ridge(model, processor, texts(1), alphas=[-1.0], batch_size=1, held_out_share=0.5, progress=False)
+    with pytest.raises(ValueError, match="`memory_shared_bottleneck` needs `memory_rank`"):
+        memory_pair(same=False, memory_shared_bottleneck=True)
     model.config.context_mode = "slice"
     with pytest.raises(ValueError, match="`fit_ridge` needs `context_mode='memory'`"):
         fit_ridge(model, processor, texts(20), progress=False)

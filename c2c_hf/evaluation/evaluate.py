@@ -40,6 +40,7 @@ def evaluate(
     self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
     template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
+    slice_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a fuser against baselines and controls on the same items.
 
@@ -61,24 +62,30 @@ def evaluate(
         self_fuser: A pair whose sharer is its receiver, for the method `self`.
         template_kwargs: Handed to every chat template, such as `{"enable_thinking": False}`.
         background_tokens: Longest background of the method `text_to_text`.
+        slice_fuser: A pair with `context_mode="slice"`, for the method `slice`.
 
     Returns:
         What `metrics.json` holds.
 
     Raises:
-        ValueError: For unknown names, damaged data, a folder of another run, or a memory fuser.
+        ValueError: For unknown names, damaged data, a folder of another run, or a memory fuser and a task without
+            contexts.
         FileNotFoundError: The data are not there.
     """
-    if model.config.context_mode == "memory":
-        raise ValueError(
-            "`model` is a memory fuser, which changes nothing without `sharer_context`, and no task has one yet."
-        )
     if "routing" in methods:
         # It is worked out of the others' answers.
         methods = list(dict.fromkeys(["receiver", "sharer", *methods]))
     answered = [method for method in methods if method not in DERIVED]
-    answering = build_methods(answered, model, processor, adapter, self_fuser, template_kwargs, background_tokens)
+    answering = build_methods(
+        answered, model, processor, adapter, self_fuser, template_kwargs, background_tokens, slice_fuser
+    )
     loaded = load_tasks(tasks, None if data_dir is None else str(data_dir), limit, seed)
+    bare = [task.name for task in loaded if not any(item.context for item in task.items)]
+    if model.config.context_mode == "memory" and bare:
+        raise ValueError(
+            f"`tasks`: {bare} have no contexts, without which a memory fuser changes nothing; choose tasks that do, "
+            "such as 'private_facts'."
+        )
     if "routing" in methods and (written := [task.name for task in loaded if task.is_written]):
         raise ValueError(f"`methods`: 'routing' compares choices' likelihoods, but {written} ask for written answers.")
     settings = _settings(

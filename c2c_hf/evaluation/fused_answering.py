@@ -41,6 +41,11 @@ class C2CAnswerer(Answerer):
         return self.processor.tokenizer
 
     def _inputs(self, queries: Sequence[Query], strip: bool) -> Inputs:
+        if not self.control.reads_sharers:
+            queries = [replace(query, context="") for query in queries]
+        if self.control.needs_donors and any(query.context for query in queries):
+            # The question stays: what the sharers know of it is another one's.
+            return self._process([replace(query, context=query.donor_context) for query in queries], strip)
         inputs, donors = self._process(queries, strip), None
         if self.control.needs_donors:
             others = [replace(query, prompt=query.donor) for query in queries if query.donor is not None]
@@ -54,6 +59,8 @@ class C2CAnswerer(Answerer):
         if len(kinds) > 1:
             raise ValueError("`queries` of one batch must all be plain texts, or all chats that end alike.")
         cut: dict[str, Any] = {"truncation": self.max_length is not None, "max_length": self.max_length}
+        if any(query.context for query in queries):
+            cut["sharer_context"] = [query.context for query in queries]
         if self.tokenizer.chat_template and not isinstance(queries[0].prompt, str):
             chats: Any = [list(query.prompt) for query in queries]
             batch: Any = self.processor.apply_chat_template(chats, **cut, **self._template_kwargs(queries[0]))

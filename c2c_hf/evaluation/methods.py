@@ -10,19 +10,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..adapters import ADAPTER_FOLDER, add_adapter, has_adapter
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .answering import Answerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written
+from .answering import Answerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written, put_in_front
 from .controls import CONTROLS
 from .fused_answering import C2CAnswerer
 
 #: What each method is, for the command line and the report.
 METHODS = {
     "receiver": "the receiver by itself, without an adapter",
-    "sharer": "each sharer by itself, with its own tokenizer and template",
+    "reader": "the receiver by itself, which reads the context that else only the sharers read",
+    "sharer": "each sharer by itself, with its own tokenizer and template; it reads the context, if there is one",
     "text_to_text": "the first sharer writes a sentence of background, the receiver reads it",
     "routing": "the half of the questions that the receiver is least sure of goes to the largest sharer",
     "lora": "the receiver with a LoRA adapter, its fuser's own unless another is given",
     "c2c": "the receiver with the sharers' caches fused in",
-    "mismatched": "C2C, but the sharers read another question",
+    "slice": "C2C by another fuser, to which the context comes through the question's own positions",
+    "mismatched": "C2C, but the sharers read another question, or another one's context",
     "shuffled": "C2C, but the sharers' positions are handed out in random order",
     "zero": "C2C, but the sharers' states are zero",
     "noise": "C2C, but the sharers' states are noise of the same norm",
@@ -82,18 +84,14 @@ class TextToText:
         told = []
         for query, background in zip(queries, written, strict=True):
             head = f"Background: {_BEGINNING} {background.text.strip()}\n\n"
-            if isinstance(query.prompt, str):
-                told.append((Query(head + query.prompt), background))
-            else:
-                *turns, last = query.prompt
-                told.append((Query([*turns, {**last, "content": head + last["content"]}]), background))
+            told.append((Query(put_in_front(head, query.prompt)), background))
         return told
 
     @staticmethod
     def _asked(query: Query) -> Query:
         request = _REQUEST.format(question=query.question)
         if isinstance(query.prompt, str):
-            return Query(f"{request}\nBackground: {_BEGINNING}")
+            return Query(f"{request}\nBackground: {_BEGINNING}", context=query.context)
         begun = {"role": "assistant", "content": _BEGINNING}
         return Query([{"role": "user", "content": request}, begun], continues=True)
 
@@ -113,6 +111,7 @@ def build_methods(
     self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
     template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
+    slice_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
 ) -> dict[str, Method]:
     """Build methods; with several sharers `sharer` becomes `sharer_0`, `sharer_1`, ...
 
@@ -125,15 +124,18 @@ def build_methods(
         self_fuser: A pair whose sharer is its receiver, for `self`.
         template_kwargs: Handed to every chat template.
         background_tokens: Longest background of `text_to_text`.
+        slice_fuser: A pair with `context_mode="slice"`, for `slice`.
 
     Raises:
         ValueError: A name is unknown, or what its method needs is missing.
     """
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"`methods` must be among {list(METHODS)}, but got {unknown}.")
+    if "gates_off" in names and model.config.context_mode == "memory":
+        raise ValueError("`methods`: 'gates_off' needs gates, which a memory fuser does not have.")
     receiver = PlainAnswerer(model.receiver, processor.tokenizer)
     sharers = [
-        PlainAnswerer(sharer, tokenizer)
+        PlainAnswerer(sharer, tokenizer, reads_context=True)
         for sharer, tokenizer in zip(model.sharers, processor.sharer_tokenizers, strict=True)
     ]
     methods: dict[str, Method] = {}
@@ -142,6 +144,8 @@ def build_methods(
             methods[name] = C2CAnswerer(model, processor, CONTROLS[name])
         elif name == "receiver":
             methods[name] = receiver
+        elif name == "reader":
+            methods[name] = PlainAnswerer(model.receiver, processor.tokenizer, reads_context=True)
         elif name == "sharer":
             one = len(sharers) == 1
             methods.update({name if one else f"{name}_{i}": sharer for i, sharer in enumerate(sharers)})
@@ -156,6 +160,10 @@ def build_methods(
             if self_fuser is None:
                 raise ValueError("`methods`: 'self' needs `self_fuser`, a fuser whose sharer is the receiver.")
             methods[name] = C2CAnswerer(*self_fuser)
+        elif name == "slice":
+            if slice_fuser is None:
+                raise ValueError("`methods`: 'slice' needs `slice_fuser`, a fuser with `context_mode='slice'`.")
+            methods[name] = C2CAnswerer(*slice_fuser)
     for answerer in (receiver, *sharers, *methods.values()):
         if isinstance(answerer, Answerer):
             answerer.template_kwargs = template_kwargs or {}

@@ -9,9 +9,14 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset
 
+from ..private_facts import private_facts
+
 Row = dict[str, Any]
 
 LETTERS = "ABCDEFGHIJ"
+#: Private facts are made up here: so many for each of these seeds.
+NUM_PRIVATE_FACTS = 500
+_PRIVATE_SEEDS = (0, 1, 2)
 #: What every row of a data set must have.
 _COLUMNS = {"choice": ("id", "question", "choices", "answer"), "open": ("id", "question", "answers")}
 
@@ -90,19 +95,30 @@ def load(dataset: str, data_dir: str | None = None, **_: Any) -> DatasetDict:
         **_: lm-evaluation-harness hands over all metadata of a task, its version among them.
 
     Returns:
-        One split, `"test"`, of rows with `id`, `question`, `subject`, and `choices` (a list) with `answer` (an index)
-        or `answers` (a list).
+        One split, `"test"`, of rows with `id`, `question`, `subject`, `context` (what the question is about; empty
+        where there is none), and `choices` (a list) with `answer` (an index) or `answers` (a list).
 
     Raises:
         FileNotFoundError: The folder has no such file.
         ValueError: A line is no JSON, or lacks a column.
     """
+    if dataset == "private_facts":
+        return _as_split(_make_private_facts(), "choice")
     source = SOURCES[dataset]
     rows = _from_hub(source) if data_dir is None else _from_folder(dataset, source, Path(data_dir))
     # Without a right choice there is nothing to get right.
     kept = [row for row in rows if row.get("error_type") != "no_correct_answer"]
-    columns = ["subject", *_COLUMNS[source.kind]]
-    return DatasetDict({"test": Dataset.from_list([{name: row.get(name, "") for name in columns} for row in kept])})
+    return _as_split(kept, source.kind)
+
+
+def _as_split(rows: list[Row], kind: str) -> DatasetDict:
+    columns = ["subject", "context", *_COLUMNS[kind]]
+    return DatasetDict({"test": Dataset.from_list([{name: row.get(name, "") for name in columns} for row in rows])})
+
+
+def _make_private_facts() -> list[Row]:
+    made = ((seed, row) for seed in _PRIVATE_SEEDS for row in private_facts(NUM_PRIVATE_FACTS, seed))
+    return [{**row, "context": row["sharer_context"], "subject": f"seed {seed}"} for seed, row in made]
 
 
 def _from_hub(source: Source) -> list[Row]:

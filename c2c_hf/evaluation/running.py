@@ -61,8 +61,14 @@ def _query(item: Item, donor: Item | None, task: EvaluationTask, seed: int, chat
     def prompt(text: str) -> Any:
         return [{"role": "user", "content": text}] if chat and task.is_written else text
 
-    other = None if donor is None else prompt(donor.prompt)
-    return Query(prompt(item.prompt), seed=item.seed(seed), donor=other, question=item.question)
+    return Query(
+        prompt(item.prompt),
+        seed=item.seed(seed),
+        donor=None if donor is None else prompt(donor.prompt),
+        question=item.question,
+        context=item.context,
+        donor_context="" if donor is None else donor.context,
+    )
 
 
 def _answer(

@@ -28,6 +28,7 @@ class Item:
         choices: What may follow the prompt, the delimiter in front; empty where the answer is written.
         answer: Index of the right choice, or the right answer's text.
         doc: The row behind it.
+        context: What the question is about, for those that read it; empty where the task has none.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Item:
     choices: tuple[str, ...]
     answer: int | str
     doc: dict[str, Any]
+    context: str = ""
 
     def seed(self, seed: int) -> int:
         """Return a number that is this item's own for a run's seed."""
@@ -73,11 +75,15 @@ class EvaluationTask:
         for place, item in enumerate(ordered):
             others = (ordered[(place + step) % len(ordered)] for step in range(1, len(ordered)))
             # A benchmark may hold the same question twice.
-            donor = next((other for other in others if other.prompt != item.prompt), None)
+            donor = next((other for other in others if _differs(other, item)), None)
             if donor is None:
                 raise ValueError(f"`tasks`: {self.name!r} needs at least two different questions for this control.")
             donors[item.id] = donor
         return donors
+
+
+def _differs(other: Item, item: Item) -> bool:
+    return other.prompt != item.prompt and (not item.context or other.context != item.context)
 
 
 def task_names() -> list[str]:
@@ -139,12 +145,14 @@ def _load_task(manager: Any, name: str, limit: int | None, seed: int) -> Evaluat
             Item(
                 id=doc["id"],
                 index=index,
-                prompt=task.doc_to_text(doc),
+                # Whether a model reads the context is the method's choice.
+                prompt=task.doc_to_text({**doc, "context": ""}).lstrip(),
                 question=doc["question"],
                 subject=doc["subject"],
                 choices=tuple(choices),
                 answer=task.doc_to_target(doc),
                 doc=doc,
+                context=doc["context"],
             )
         )
     if compares:

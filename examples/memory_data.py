@@ -1,0 +1,53 @@
+"""Write the training data of a memory fuser: what only the sharer reads, and questions about it.
+
+    python examples/memory_data.py data dolly/train.jsonl
+
+`facts.jsonl` holds made-up facts, `passages.jsonl` the rows of a chat data set whose question brings a passage behind
+a blank line, as Dolly's do, and `texts.jsonl` what both models read for `c2c fit`: passages and facts.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from c2c_hf.private_facts import private_facts
+from c2c_hf.training_rows import load_rows
+
+
+def main() -> None:
+    """Write the three files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("chats", help="JSON Lines file or Hub id, with a column `messages`")
+    parser.add_argument("--facts", type=int, default=9000, help="number of questions about facts")
+    parser.add_argument("--fact-texts", type=int, default=3000, help="how many of their contexts are in texts.jsonl")
+    parser.add_argument("--max-characters", type=int, default=800, help="longest passage")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    facts = private_facts(options.facts, options.seed, "train")
+    passages = []
+    for row in load_rows(options.chats):
+        question, blank, passage = row["messages"][0]["content"].partition("\n\n")
+        answer = row["messages"][1]["content"]
+        short = len(question) < 200 and len(answer) < 300 and len(passage) < options.max_characters
+        # Whoever summarizes needs all of a passage; questions and extractions need some of it.
+        if blank and short and row.get("category") in (None, "closed_qa", "information_extraction"):
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            passages.append({"id": row["id"], "sharer_context": passage, "messages": messages})
+    contexts = [row["sharer_context"] for row in (*passages, *facts[: options.fact_texts])]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write(options.folder / "facts.jsonl", facts)
+    write(options.folder / "passages.jsonl", passages)
+    write(options.folder / "texts.jsonl", [{"text": text} for text in contexts])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSON Lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
