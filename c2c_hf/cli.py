@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_demo import add_demo_command
 from .cli_evaluate import add_evaluation_commands
 from .cli_fit import add_fit_command
 from .cli_hub import add_hub_commands
@@ -50,11 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="full error traces and debug messages")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="run the real pair that installs from PyPI on a few questions")
-    demo.add_argument("--questions", type=_positive, default=3, metavar="N", help="how many questions (default 3)")
-    demo.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N")
-    demo.set_defaults(run=_demo)
-
+    add_demo_command(commands, _positive)
     generate = commands.add_parser("generate", help="answer prompts with a saved fuser or an untrained pair")
     _add_model_arguments(generate)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -159,36 +156,6 @@ def _load(parsed: argparse.Namespace) -> "tuple[C2CForCausalLM, C2CProcessor]":
         raise ValueError(f"`--device {parsed.device}` cannot be used: {error}") from error
     model.fusion_enabled = not parsed.alone
     return model, processor
-
-
-def _demo(parsed: argparse.Namespace) -> None:
-    import textwrap
-
-    import torch
-
-    from . import C2CForCausalLM, C2CProcessor
-    from .compare import answer_side_by_side
-    from .demo import load_shipped, local_pair, questions
-
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
-    print("Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)")
-    receiver, sharer = local_pair()
-    # In float32 a prompt read in two chunks gives the receiver's own answer, word for word.
-    precision: dict[str, Any] = {"dtype": "float32"}
-    try:
-        model, processor = load_shipped("general", **precision)
-        print("The fuser is the trained one that comes with this package (model_cards/general.md).")
-    except FileNotFoundError:
-        model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, precision, precision)
-        processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer)
-        print("The fuser is untrained and closed, so C2C equals the receiver alone.")
-    for item in questions()[: parsed.questions]:
-        # As the fuser was trained: the answer in words.
-        question = f"Question: {item['question']}\nAnswer:"
-        print(f"\n{item['question']} ({item['source']}; right: {item['choices'][item['answer']]})")
-        for name, answer in answer_side_by_side(model, processor, question, parsed.max_new_tokens, True).items():
-            text = textwrap.shorten(answer.text.replace("\n", " "), 110, placeholder=" ...")
-            print(f"  {name:<15} {answer.seconds:5.2f} s  {text}")
 
 
 def _generate(parsed: argparse.Namespace) -> None:

@@ -60,6 +60,42 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     assert first.stdout.split(")\n")[-1] == second.stdout.split(")\n")[-1]
 
 
+def test_memory_data_and_passages(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Chats with passages become rows with a context, which the second example scores."""
+    pytest.importorskip("scipy", reason="the paired test needs the extra `[eval]`")
+    chats = [
+        {"id": f"c{i}", "category": category, "messages": [{"role": "user", "content": asked}, answer]}
+        for i, (category, asked) in enumerate(
+            [*(("closed_qa", f"Who said {word}?\n\nThe keeper said {word} {i}.") for i, word in enumerate("abcd"))]
+            + [("summarization", "Sum it up.\n\nThe keeper."), ("closed_qa", "Without a passage?")]
+        )
+        for answer in [{"role": "assistant", "content": f"The keeper of {i}"}]
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    command = [sys.executable, str(EXAMPLES / "memory_data.py"), str(tmp_path / "data"), str(tmp_path / "chats.jsonl")]
+    done = subprocess.run([*command, "--facts", "7"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = {}
+    for name in ("facts", "passages", "texts"):
+        lines = (tmp_path / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        made[name] = [json.loads(line) for line in lines]
+    assert [row["sharer_context"] for row in made["passages"]] == [
+        f"The keeper said {w} {i}." for i, w in enumerate("abcd")
+    ]
+    assert made["passages"][0]["messages"][0]["content"] == "Who said a?"
+    assert len(made["facts"]) == 7 and len(made["texts"]) == 11
+    fields = {"context_mode": "memory", "memory_rank": 4, "memory_shared_bottleneck": True}
+    C2CForCausalLM.from_receiver_and_sharers(*pair, **fields).save_pretrained(tmp_path / "memory")
+    processor = C2CProcessor.from_receiver_and_sharers(*pair, context_mode="memory")
+    processor.save_pretrained(tmp_path / "memory")
+    command = [sys.executable, str(EXAMPLES / "passages.py"), str(tmp_path / "memory")]
+    command += [str(tmp_path / "data" / "passages.jsonl"), "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 answers, nats per token: right -" in done.stdout
+    assert "right over mismatched" in done.stdout and "share of the gain" in done.stdout
+
+
 def test_evaluate(pair: tuple[str, str], data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("lm_eval", reason=NEEDS)
     pytest.importorskip("scipy", reason=NEEDS)
