@@ -4,11 +4,15 @@ import pytest
 import torch
 from evaluation_for_tests import CHOICES, PROMPTS, pair
 
+from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.evaluation.answering import Inputs, Query
-from c2c_hf.evaluation.controls import CONTROLS, Control, Noise, Zero
+from c2c_hf.evaluation.controls import CONTROLS as CHANGES
+from c2c_hf.evaluation.controls import Control, Noise, Zero
 from c2c_hf.evaluation.fused_answering import C2CAnswerer
-from c2c_hf.prefill import read_text
+from c2c_hf.evaluation.payload import PAYLOADS, Part, Rounded
+from c2c_hf.prefill import full_length_cache, read_text
 
+CONTROLS = {**CHANGES, **PAYLOADS}
 DONORS = [*PROMPTS[1:], PROMPTS[0]]
 QUERIES = [
     Query(prompt, seed=7 + i, donor=donor) for i, (prompt, donor) in enumerate(zip(PROMPTS, DONORS, strict=True))
@@ -101,3 +105,59 @@ def test_noise_keeps_norms_and_zero_does_not() -> None:
         own, noise = own.transpose(1, 2)[real], noise.transpose(1, 2)[real]
         torch.testing.assert_close(noise.norm(dim=-1), own.norm(dim=-1))
         assert torch.nn.functional.cosine_similarity(noise, own, dim=-1).abs().mean() < 0.5
+
+
+def test_parts_are_those_positions() -> None:
+    model, processor = pair()
+    right = C2CAnswerer(model, processor)._inputs(QUERIES, strip=True)["sharer_alignment"][0]
+    chosen = {}
+    for which in ("first", "last", "top"):
+        inputs = C2CAnswerer(model, processor, Part(which, 0.5))._inputs(QUERIES, strip=True)
+        chosen[which] = inputs["sharer_alignment"][0]
+        kept = chosen[which] >= 0
+        assert torch.equal(chosen[which][kept], right[kept])
+        assert kept.sum(1).tolist() == [max(1, round(0.5 * int(n))) for n in (right >= 0).sum(1)]
+    for row, read in enumerate(right >= 0):
+        columns = read.nonzero().flatten().tolist()
+        half = max(1, round(0.5 * len(columns)))
+        assert (chosen["first"][row] >= 0).nonzero().flatten().tolist() == columns[:half]
+        assert (chosen["last"][row] >= 0).nonzero().flatten().tolist() == columns[len(columns) - half :]
+    everything = C2CAnswerer(model, processor, Part("top", 1.0))._inputs(QUERIES, strip=True)
+    assert torch.equal(everything["sharer_alignment"][0], right)
+
+
+def test_top_positions_change_most() -> None:
+    """Worked out one position at a time: the change of a position's values does not depend on the others'."""
+    model, processor = pair()
+    inputs = C2CAnswerer(model, processor)._inputs(QUERIES[:1], strip=True)
+    columns = (inputs["sharer_alignment"][0][0] >= 0).nonzero().flatten().tolist()
+
+    def values(alignment: torch.Tensor) -> torch.Tensor:
+        cache = full_length_cache()
+        with torch.no_grad():
+            model(**{**inputs, "sharer_alignment": [alignment], CACHE_ARGUMENT: cache}, logits_to_keep=1)
+        return torch.stack([layer.values for layer in cache.layers])
+
+    nothing = torch.full_like(inputs["sharer_alignment"][0], -1)
+    clean, norms = values(nothing), []
+    for column in columns:
+        one = nothing.clone()
+        one[0, column] = inputs["sharer_alignment"][0][0, column]
+        norms.append(float((values(one) - clean)[:, 0, :, column].square().sum()))
+    half = max(1, round(0.5 * len(columns)))
+    expected = {columns[i] for i in sorted(range(len(columns)), key=norms.__getitem__)[-half:]}
+    chosen = C2CAnswerer(model, processor, Part("top", 0.5))._inputs(QUERIES[:1], strip=True)
+    assert set((chosen["sharer_alignment"][0][0] >= 0).nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded(bits: int) -> None:
+    model, processor = pair()
+    inputs = C2CAnswerer(model, processor)._inputs(QUERIES, strip=True)
+    read = (model.sharers[0], inputs["sharer_input_ids"][0], inputs["sharer_attention_mask"][0])
+    exact, rounded = read_text(*read), read_text(*read)
+    Rounded(bits).change_state(rounded, [0] * len(QUERIES))
+    for before, after in zip(exact.entries(), rounded.entries(), strict=True):
+        largest = before.abs().amax(-1, keepdim=True)
+        assert ((after - before).abs() <= largest / (2**bits - 2) + 1e-6).all() and not torch.equal(before, after)
+        assert len((after / largest.clamp_min(1e-9)).unique()) > 2

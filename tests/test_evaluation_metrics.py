@@ -8,6 +8,7 @@ from evaluation_for_tests import NEEDS
 
 pytest.importorskip("scipy", reason=NEEDS)
 
+from c2c_hf.evaluation.abstention import abstention  # noqa: E402
 from c2c_hf.evaluation.intervals import (  # noqa: E402
     accuracy_interval,
     paired_difference,
@@ -123,3 +124,37 @@ def test_routing_sends_the_unsure_half() -> None:
     assert {r["method"]: r["value"] for r in metrics["results"]}["routing"] == 0.6
     with pytest.raises(ValueError, match="'routing' compares choices' likelihoods"):
         route({r["id"]: r for r in records("receiver", [1, 0])}, sharer)
+
+
+def test_abstention() -> None:
+    """Where the receiver's confidence tells who is right, all is got."""
+
+    def with_confidence(correct: list[int], confidence: list[float]) -> dict[str, dict]:
+        made = records("x", correct)
+        return {record["id"]: {**record, "confidence": c} for record, c in zip(made, confidence, strict=True)}
+
+    alone, fused = [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]
+    sure = [0.9, 0.92, 0.94, 0.96, 0.1, 0.12, 0.14, 0.16]
+    found = abstention(with_confidence(alone, sure), with_confidence(fused, sure))
+    assert found is not None
+    assert found["oracle"] == found["calibrated"]["value"] == 1.0 and found["calibrated"]["share_fused"] == 0.5
+    curve = dict(found["curve"])
+    assert (curve[0.0], curve[0.5], curve[1.0]) == (0.5, 1.0, 0.5)
+    always = abstention(with_confidence([0] * 8, sure), with_confidence([1] * 8, sure))
+    never = abstention(with_confidence([1] * 8, sure), with_confidence([0] * 8, sure))
+    assert always is not None and never is not None
+    assert always["calibrated"]["share_fused"] == 1.0 and never["calibrated"]["share_fused"] == 0.0
+    generator = np.random.default_rng(3)
+    random = [generator.integers(0, 2, 40).tolist() for _ in range(2)]
+    unsure = generator.random(40).tolist()
+    found = abstention(with_confidence(random[0], unsure), with_confidence(random[1], unsure))
+    assert found is not None and found["calibrated"]["value"] <= found["oracle"]
+    assert abstention({r["id"]: r for r in records("x", alone)}, with_confidence(fused, sure)) is None
+    metrics = compute_metrics(
+        [
+            *({**r, "confidence": 0.5} for r in records("receiver", alone)),
+            *records("c2c", fused),
+        ],
+        ["receiver", "c2c"],
+    )
+    assert [entry["task"] for entry in metrics["abstention"]] == ["arc"]

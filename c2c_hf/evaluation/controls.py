@@ -30,6 +30,15 @@ class Control:
         """
         return inputs
 
+    def choose_positions(self, model: C2CForCausalLM, inputs: Inputs) -> Inputs:
+        """Let fewer positions read, as the model itself would have it.
+
+        Args:
+            model: The pair.
+            inputs: As above, without padding on the right.
+        """
+        return inputs
+
     def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
         """Change in place what one sharer has read, before it is fused."""
 

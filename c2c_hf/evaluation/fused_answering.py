@@ -41,6 +41,9 @@ class C2CAnswerer(Answerer):
         return self.processor.tokenizer
 
     def _inputs(self, queries: Sequence[Query], strip: bool) -> Inputs:
+        return self.control.choose_positions(self.c2c_model, self._controlled(queries, strip))
+
+    def _controlled(self, queries: Sequence[Query], strip: bool) -> Inputs:
         if not self.control.reads_sharers:
             queries = [replace(query, context="") for query in queries]
         if self.control.needs_donors and any(query.context for query in queries):

@@ -13,6 +13,7 @@ from ..processing_c2c import C2CProcessor
 from .answering import Answerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written, put_in_front
 from .controls import CONTROLS
 from .fused_answering import C2CAnswerer
+from .payload import PAYLOADS
 
 #: What each method is, for the command line and the report.
 METHODS = {
@@ -28,10 +29,20 @@ METHODS = {
     "shuffled": "C2C, but the sharers' positions are handed out in random order",
     "zero": "C2C, but the sharers' states are zero",
     "noise": "C2C, but the sharers' states are noise of the same norm",
+    "first_quarter": "C2C, but only the first quarter of the positions fuses",
+    "first_half": "C2C, but only the first half of the positions fuses",
+    "last_quarter": "C2C, but only the last quarter of the positions fuses",
+    "last_half": "C2C, but only the last half of the positions fuses",
+    "top_quarter": "C2C, but only the quarter of the positions fuses whose values change most",
+    "top_half": "C2C, but only the half of the positions fuses whose values change most",
+    "int8": "C2C, but the sharers' states are rounded to 8 bits",
+    "int4": "C2C, but the sharers' states are rounded to 4 bits",
     "gates_off": "C2C with every gate closed: equals the receiver up to rounding",
     "alone": "C2C with fusion switched off: equals the receiver, with the adapter if the fuser brings one",
     "self": "C2C with a fuser whose sharer is the receiver itself",
 }
+#: Everything that may change on the way from the sharers to the receiver.
+_CHANGES = {**CONTROLS, **PAYLOADS}
 #: Worked out of other methods' predictions.
 DERIVED = ("routing",)
 
@@ -140,8 +151,8 @@ def build_methods(
     ]
     methods: dict[str, Method] = {}
     for name in names:
-        if name in CONTROLS:
-            methods[name] = C2CAnswerer(model, processor, CONTROLS[name])
+        if name in _CHANGES:
+            methods[name] = C2CAnswerer(model, processor, _CHANGES[name])
         elif name == "receiver":
             methods[name] = receiver
         elif name == "reader":

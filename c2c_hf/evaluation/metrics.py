@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from .abstention import abstention
 from .intervals import accuracy_interval, paired_difference, performance_gap_recovered
 from .records import Record
 
@@ -62,11 +63,13 @@ def compute_metrics(
     Returns:
         `results`: per task, method and metric its value, interval, number of items, failed and unreadable ones,
         seconds and tokens per item, the difference to the receiver and that of C2C to itself with fusion off;
-        `pairing_gain`: C2C minus mismatched C2C; `performance_gap_recovered`, per task.
+        `pairing_gain`: C2C minus mismatched C2C; `performance_gap_recovered`, per task; `abstention`, per task, see
+        [`~abstention.abstention`].
     """
     results: list[dict[str, Any]] = []
     gains: list[dict[str, Any]] = []
     recovered: list[dict[str, Any]] = []
+    abstentions: list[dict[str, Any]] = []
     for task, by_method in group_records(records).items():
         if "routing" in methods and {"receiver", strongest_sharer} <= by_method.keys():
             by_method["routing"] = route(by_method["receiver"], by_method[strongest_sharer])
@@ -99,11 +102,19 @@ def compute_metrics(
                     accuracies[method] = result["value"]
         if {"c2c", "mismatched"} <= set(present):
             gains.append({"task": task, **_gain(by_method["c2c"], by_method["mismatched"], "correct", seed)})
+        if {"c2c", "receiver"} <= set(present):
+            found = abstention(by_method["receiver"], by_method["c2c"], seed)
+            abstentions += [] if found is None else [{"task": task, **found}]
         sharers = [value for method, value in accuracies.items() if method.split("_")[0] == "sharer"]
         if {"c2c", "receiver"} <= accuracies.keys() and sharers:
             value = performance_gap_recovered(accuracies["c2c"], accuracies["receiver"], sharers)
             recovered.append({"task": task, "value": value})
-    return {"results": results, "pairing_gain": gains, "performance_gap_recovered": recovered}
+    return {
+        "results": results,
+        "pairing_gain": gains,
+        "performance_gap_recovered": recovered,
+        "abstention": abstentions,
+    }
 
 
 def _gain(records: dict[str, Record], others: dict[str, Record], column: str, seed: int) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .methods import METHODS
 from .metrics import group_records
 from .records import Record
@@ -14,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record]) -> None:
-    """Write `report.md`, `accuracy.png`, `latency.png` and, for tasks with subjects, `subjects.png`.
+    """Write `report.md`, `accuracy.png`, `latency.png`, for tasks with subjects `subjects.png`, and `abstention.png`.
 
     Args:
         folder: The run's folder.
@@ -26,6 +28,7 @@ def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record
         logger.warning('The report has no plots, since matplotlib is missing: run `pip install "c2c_hf[eval]"`.')
     else:
         plots = [_plot_accuracy(folder, metrics), _plot_latency(folder, metrics), _plot_subjects(folder, records)]
+        plots.append(_plot_abstention(folder, metrics))
     lines = ["# Evaluation", "", *_headline(metrics), *_tables(metrics), *_failures(records)]
     lines += [f"![{name}]({name})" for name in plots if name]
     lines += ["", "## How it was run", "", "| | |", "| --- | --- |"]
@@ -49,6 +52,13 @@ def _headline(metrics: dict[str, Any]) -> list[str]:
     for gap in metrics["performance_gap_recovered"]:
         value = "no sharer is stronger than the receiver" if gap["value"] is None else f"{100 * gap['value']:.0f} %"
         lines.append(f"Performance gap recovered, {gap['task']}: {value}.\n")
+    for found in metrics.get("abstention", []):
+        calibrated = found["calibrated"]
+        lines.append(
+            f"Fusing only where the receiver is unsure, {found['task']}: "
+            f"{_percent(calibrated['value'], calibrated['interval'])} with {calibrated['share_fused']:.0%} fused; the "
+            f"better of both, item by item, would be {100 * found['oracle']:.1f}.\n"
+        )
     explained = "Pairing gain is C2C minus C2C whose sharers read another question, item by item."
     return [*lines, f"{explained} Intervals are 95 %.", ""]
 
@@ -154,6 +164,23 @@ def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
     axes.legend(fontsize="small")
     figure.savefig(folder / "latency.png", dpi=120)
     return "latency.png"
+
+
+def _plot_abstention(folder: Path, metrics: dict[str, Any]) -> str | None:
+    if not metrics.get("abstention"):
+        return None
+    figure, axes = _new_figure(6, 4)
+    for index, found in enumerate(metrics["abstention"]):
+        shares, values = zip(*found["curve"], strict=True)
+        color, calibrated = f"C{index}", found["calibrated"]
+        axes.plot(100 * np.array(shares), 100 * np.array(values), "-", color=color, label=found["task"])
+        axes.plot(100 * calibrated["share_fused"], 100 * calibrated["value"], "o", color=color)
+        axes.axhline(100 * found["oracle"], color=color, linestyle=":", linewidth=1)
+    axes.set_xlabel("share of the questions that fuse, %, the receiver's least sure ones (dot: calibrated)")
+    axes.set_ylabel("accuracy, % (dotted: the better of both, item by item)")
+    axes.legend(fontsize="small")
+    figure.savefig(folder / "abstention.png", dpi=120)
+    return "abstention.png"
 
 
 def _plot_subjects(folder: Path, records: Sequence[Record]) -> str | None:
