@@ -8,6 +8,7 @@ from conftest import CONFIGS
 from naive import naive_change
 from torch.profiler import ProfilerActivity, profile
 
+import c2c_hf.fuser as fuser_module
 from c2c_hf import C2CConfig
 from c2c_hf.fuser import Fuser, Gate, StackedLinear
 
@@ -154,6 +155,32 @@ WEIGHT_CHANGES = {
     # As DeepSpeed, averaging callbacks and many scripts write.
     "data in place": _write_past_autograd,
 }
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("open_share", [1.0, 0.5])
+def test_entries_in_parts(grad: bool, open_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few entries at a time give what all at once give."""
+    fuser = Fuser(EQUAL, EQUAL, C2CConfig(fuser_hidden_size=8, fuser_intermediate_size=12)).eval()
+    with torch.no_grad():
+        for group in fuser.groups:
+            group.gate.gate_logit.fill_(1.0)[int(open_share * len(group.entries)) :] = -1.0
+    entries = [torch.randn(7, 16) for _ in range(2 * len(EQUAL))]
+    (group,) = fuser.groups
+    count = len(group.active_entries())
+    with torch.set_grad_enabled(grad):
+        whole = fuser(entries, entries)
+        for size in (1, 2):
+            monkeypatch.setattr(fuser_module, "PART_BYTES", 7 * 8 * 4 * size)
+            parts = group.parts(7, torch.float32)
+            assert [part.stop - part.start for part in parts] == [size] * (count // size) + [count % size][
+                : count % size
+            ]
+            for change, expected in zip(fuser(entries, entries), whole, strict=True):
+                assert (change is None) == (expected is None)
+                if change is not None:
+                    torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
+    assert fuser.train().groups[0].parts(7, torch.float32) == [slice(0, len(group.entries))]
 
 
 @pytest.mark.parametrize("name", WEIGHT_CHANGES)
