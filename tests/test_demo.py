@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from c2c_hf import demo
+from c2c_hf.cli import main
 from c2c_hf.continuations import continuation_scores
+from c2c_hf.private_facts import private_facts
 
 ALIGNMENT = Path(__file__).parent / "data" / "alignment" / "alignment.json"
 TEXTS = [
@@ -130,6 +132,56 @@ def test_the_general_fuser_is_small_and_has_a_card():
         *config["sharer_names_or_paths"],
     ]
     assert "Pairing gain" in card.text and "Gemma" in card.text
+
+
+def test_the_memory_fuser_is_small_and_has_a_card():
+    folder = Path(demo.shipped_fuser("memory"))
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["context_mode"] == "memory"
+    card = ModelCard.load(Path(__file__).parent.parent / "model_cards" / "memory.md")
+    assert card.data.license == "gemma" and "private_facts" in card.text and "mismatched" in card.text
+
+
+@pytest.mark.real_pair
+def test_content_crosses(real_pair):
+    """The receiver knows what only the sharer has read; names, values and wording are none of training's."""
+    model, processor = demo.load_shipped("memory", dtype="float32")
+    rows = private_facts(30, seed=9)
+    contexts = [row["sharer_context"] for row in rows]
+    answers = [
+        [processor.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in row["choices"]]
+        for row in rows
+    ]
+    questions = [row["question"] for row in rows]
+    rights = torch.tensor([row["answer"] for row in rows])
+
+    def share_right(context):
+        inputs = processor(questions, sharer_context=context)
+        with torch.no_grad():
+            scores = continuation_scores(model, inputs, answers)
+        means = scores.logprobs.sum(1) / scores.is_token.sum(1)
+        return float((means.view(len(rows), -1).argmax(1) == rights).float().mean())
+
+    assert share_right(contexts) > 0.65
+    assert share_right([*contexts[15:], *contexts[:15]]) < 0.35
+    assert share_right(None) < 0.35
+
+
+@pytest.mark.real_pair
+def test_a_document_of_the_users_own(real_pair, tmp_path, capsys):
+    document = tmp_path / "document.txt"
+    document.write_text("The lighthouse of Orrin is painted green. Its keeper is called Matilda.", encoding="utf-8")
+    command = ["demo", "--document", str(document), "--question", "What is the keeper of the lighthouse called?"]
+    assert main([*command, "--max-new-tokens", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "The sharer read" in printed
+    assert all(f"  {name}" in printed for name in ("without it", "reading it", "from memory"))
+    assert main(command[:3]) == 1 and "both `--document` and `--question`" in capsys.readouterr().err
+    document.write_bytes(b"\xff\xfe")
+    assert main(command) == 1 and "is no UTF-8 text" in capsys.readouterr().err
+    document.write_text(" \n", encoding="utf-8")
+    assert main(command) == 1 and "is empty" in capsys.readouterr().err
 
 
 def test_the_general_fuser_answers(real_pair):
