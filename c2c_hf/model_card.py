@@ -98,8 +98,12 @@ def _description(
         }
         for index, base in enumerate(bases)
     ]
-    # Single numbers are what the trainer remembers, such as the gates' temperature.
-    trained = [value for name, value in weights.items() if name.startswith("fuser.") and value.dim() > 0]
+    # Single numbers are what the trainer remembers, such as the gates' temperature; scales are measured.
+    trained = [
+        value
+        for name, value in weights.items()
+        if name.startswith("fuser.") and value.dim() > 0 and not name.endswith("_scales")
+    ]
     return {
         "receiver": described[0],
         "sharers": described[1:],

@@ -99,7 +99,8 @@ def _gain(gain: dict[str, Any] | None) -> str:
     if gain is None:
         return ""
     low, high = gain["interval"]
-    return f"{100 * gain['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], p={gain['p_value']:.3g}"
+    p_value = "p<1e-16" if gain["p_value"] < 1e-16 else f"p={gain['p_value']:.3g}"
+    return f"{100 * gain['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], {p_value}"
 
 
 def _failures(records: Sequence[Record]) -> list[str]:
