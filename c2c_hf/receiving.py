@@ -40,8 +40,7 @@ class ReceivingMixin:
         inputs = {name: value for name, value in inputs.items() if name not in optional or value is not None}
         if not accepts_argument(self.receiver, "position_ids"):
             inputs.pop("position_ids", None)
-        with contiguous_head(self.receiver):
-            return self.receiver(**inputs)
+        return self.receiver(**inputs)
 
     def _own_cache(self, cache: Cache | None) -> Cache:
         return DynamicCache(config=self.receiver.config.get_text_config()) if cache is None else cache
@@ -71,11 +70,12 @@ class ReceivingMixin:
         if tail_length == 0:
             return None
         inputs, keep = {**kwargs, **slice_inputs(receiver_inputs, tail_start, seq_len)}, min(keep, tail_length)
-        if substituted is None:
-            return self._receive_alone(inputs, cache, None, True, keep, {})
-        fusing = cache if isinstance(cache, C2CCache) else C2CCache(cache)
-        with fusing.substituting(tail_states, substituted):
-            return self._receive_alone(inputs, fusing, None, True, keep, {})
+        with contiguous_head(self.receiver):
+            if substituted is None:
+                return self._receive_alone(inputs, cache, None, True, keep, {})
+            fusing = cache if isinstance(cache, C2CCache) else C2CCache(cache)
+            with fusing.substituting(tail_states, substituted):
+                return self._receive_alone(inputs, fusing, None, True, keep, {})
 
     def _output(
         self,

@@ -1,6 +1,7 @@
 """`C2CTrainer`: trains a fuser with the Trainer of transformers."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from .adapters import add_adapter
 from .collation import C2CDataCollator, as_list, random_spans
 from .fuser import Fuser, FuserGroup
 from .modeling_c2c import C2CForCausalLM
+from .output_head import contiguous_head
 from .processing_c2c import C2CProcessor
 from .training_arguments import C2CTrainingArguments
 from .training_checkpoints import STATE_FILE, CheckpointingTrainer
@@ -176,6 +178,13 @@ class C2CTrainer(CheckpointingTrainer):
         progress = min(1.0, step / max(1, self.state.max_steps))
         ratio = config.final_gate_temperature / config.initial_gate_temperature
         return float(config.initial_gate_temperature * ratio**progress)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Hold autocast, where it is on, and a head that is fast on a processor."""
+        stack = ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
+        stack.enter_context(contiguous_head(self.model.receiver))
+        return stack
 
     def compute_loss(
         self,

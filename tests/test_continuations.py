@@ -81,15 +81,25 @@ def test_refused() -> None:
 
 
 def test_the_head_multiplies_a_copy_and_is_left_alone() -> None:
-    """A hook for as long as the receiver works, so that a slice's slow product is never taken."""
-    model = tiny_model("llama", 0)
+    """In bfloat16, while a fused tail is read; the receiver by itself computes as it always does."""
+    model = tiny_model("llama", 0).to(torch.bfloat16)
     head, seen = model.get_output_embeddings(), []
     head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
     hidden_states = torch.randn(3, 5, head.in_features)
     with contiguous_head(model):
-        head(hidden_states[:, -1:])
-    assert seen == [True] and not head._forward_pre_hooks
-    pair = C2CForCausalLM.from_receiver_and_sharers(model, tiny_model("llama", 1), fuser_hidden_size=8)
+        head(hidden_states.bfloat16()[:, -1:])
+        assert head._forward_pre_hooks
+        head.float()(hidden_states[:, -1:])
+        head.bfloat16()
+    assert seen == [True, False] and not head._forward_pre_hooks
+    pair = C2CForCausalLM.from_receiver_and_sharers(
+        model, tiny_model("llama", 1).to(torch.bfloat16), token_alignment="span", fuser_hidden_size=8
+    )
+    ids = torch.ones(3, 6, dtype=torch.long)
+    alignment = torch.tensor([[0, 1, 2, -1, -1, -1]]).expand(3, -1)
+    del seen[:]
     with torch.no_grad():
-        pair(torch.ones(3, 6, dtype=torch.long), logits_to_keep=1)
-    assert seen[1:] and all(seen[1:]) and not head._forward_pre_hooks
+        pair(ids, sharer_input_ids=ids, sharer_alignment=alignment, logits_to_keep=1)
+        with pair.alone():
+            pair(ids, logits_to_keep=1)
+    assert seen == [True, False] and not head._forward_pre_hooks
