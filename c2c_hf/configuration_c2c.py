@@ -17,6 +17,7 @@ _READ_OFF_MODELS = (
     *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint"),
     *("sharer_names_or_paths", "sharer_revisions", "sharer_configs", "sharer_fingerprints"),
     *("receiver_layer_shapes", "sharer_layer_shapes", "receiver_tokenizer_hash", "sharer_tokenizer_hashes"),
+    "sharer_rotations",
 )
 
 #: (num_key_value_heads, key head_dim, value head_dim) of one cached layer.
@@ -96,6 +97,8 @@ class C2CConfig(PreTrainedConfig):
         memory_rank: Width of the bottleneck of the maps. `None`: full rank.
         memory_shared_bottleneck: All receiver layers are made from one bottleneck of `memory_rank`, and that from all
             sharer layers (`memory_source_layers` has no say): far fewer weights for the same rank.
+        sharer_rotations: Per sharer of a saved memory fuser how the keys of its layers turn with their position, see
+            [`~rope.describe_rotations`], so that the states of one that runs elsewhere can be used.
         memory_hidden_size: Width of the residual network beside the maps. 0: none.
         fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's
             own states, `"sequential"` hands each fuser what the one before it made.
@@ -139,6 +142,7 @@ class C2CConfig(PreTrainedConfig):
     memory_rank: int | None = None
     memory_shared_bottleneck: bool = False
     memory_hidden_size: int = 0
+    sharer_rotations: list[dict[str, Any]] | None = None
     fusion_mode: str = "parallel"
     fuse_response: bool = False
 

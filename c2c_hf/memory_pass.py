@@ -13,7 +13,7 @@ from .memory import MemoryPlan, hide_slots, place_heads, plan_memory, read_heads
 from .passes import check_length, kept_columns, new_length
 from .prefill import LayerStates, position_ids_from_mask
 from .receiving import ReceivingMixin
-from .rope import Rotation, layer_rotations
+from .rope import Rotation, layer_rotations, read_rotations
 from .texts import SharerText, new_positions, per_sharer, texts_as_given
 
 
@@ -36,13 +36,18 @@ class C2CMemoryMixin(ReceivingMixin):
             ValueError: A model's keys turn in an unknown way, or a sharer is not here to be asked.
         """
         if self._rotations is None:
-            if any(isinstance(sharer, AbsentSharer) for sharer in self.sharers):
+            recorded = self.config.sharer_rotations
+            if recorded is None and any(isinstance(sharer, AbsentSharer) for sharer in self.sharers):
                 raise ValueError(
-                    "`load_sharers=False` does not go with `context_mode='memory'`, which must know how the sharers' "
-                    "keys turn with their position; load them, or use `context_mode='slice'`."
+                    "`load_sharers=False` needs a memory fuser that records how the sharers' keys turn with their "
+                    "position, which this one does not; load it with its sharers and save it again."
                 )
             self._rotations = [layer_rotations(self.receiver, "receiver")]
-            self._rotations += [layer_rotations(sharer, "sharers") for sharer in self.sharers]
+            for index, sharer in enumerate(self.sharers):
+                if recorded is not None and isinstance(sharer, AbsentSharer):
+                    self._rotations.append(read_rotations(recorded[index]))
+                else:
+                    self._rotations.append(layer_rotations(sharer, "sharers"))
         return self._rotations
 
     def _memory_texts(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -91,6 +92,40 @@ def layer_rotations(model: PreTrainedModel, role: str) -> list[Rotation]:
             )
         rotations.append(candidates[errors.index(min(errors))])
     return rotations
+
+
+def describe_rotations(rotations: Sequence[Rotation]) -> dict[str, Any]:
+    """Write rotations as JSON holds them: `kinds`, the different ones, and `layers`, which of them each layer has."""
+    kinds: list[dict[str, Any]] = []
+    layers = []
+    for rotation in rotations:
+        kind = {
+            "inv_freq": rotation.inv_freq.tolist(),
+            "scaling": rotation.scaling,
+            "interleaved": rotation.interleaved,
+        }
+        if kind not in kinds:
+            kinds.append(kind)
+        layers.append(kinds.index(kind))
+    return {"kinds": kinds, "layers": layers}
+
+
+def read_rotations(description: dict[str, Any]) -> list[Rotation]:
+    """Read what [`describe_rotations`] wrote.
+
+    Raises:
+        ValueError: It is of another shape.
+    """
+    try:
+        kinds = [
+            Rotation(
+                torch.tensor(kind["inv_freq"], dtype=torch.float32), float(kind["scaling"]), bool(kind["interleaved"])
+            )
+            for kind in description["kinds"]
+        ]
+        return [kinds[index] for index in description["layers"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"`sharer_rotations` of the configuration is damaged ({error!r}).") from error
 
 
 def _has_positions(model: PreTrainedModel) -> bool:

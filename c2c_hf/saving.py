@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from .absent import AbsentSharer
 from .adapters import ADAPTER_FOLDER, has_adapter, save_adapter
 from .hub import publish_fuser
 from .processing_c2c import C2CProcessor
 from .remote_code import write_code
+from .rope import describe_rotations
 from .weights import is_own_weight
 
 #: What `save_pretrained(push_to_hub=True)` hands on.
@@ -27,6 +29,8 @@ class C2CSavingMixin(PreTrainedModel):
     """Writes configuration and fuser, and publishes them with processor and card."""
 
     receiver: PreTrainedModel
+    sharers: Any
+    rotations: Any
 
     def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         items = (self.state_dict() if state_dict is None else state_dict).items()
@@ -65,6 +69,9 @@ class C2CSavingMixin(PreTrainedModel):
             raise ValueError(f"`save_directory` must be a folder, but {str(target)!r} is a file.")
         pushing = {key: kwargs.pop(key) for key in _PUSHING if key in kwargs}
         if is_main_process:
+            if self.config.context_mode == "memory" and not any(isinstance(s, AbsentSharer) for s in self.sharers):
+                # Where the sharers are not, nothing else tells.
+                self.config.sharer_rotations = [describe_rotations(found) for found in self.rotations()[1:]]
             target.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
             try:

@@ -24,10 +24,12 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     arguments = parser.parse_args()
 
-    model = C2CForCausalLM.from_pretrained(arguments.fuser, dtype=arguments.dtype)
-    processor = C2CProcessor.from_pretrained(arguments.fuser)
     document = arguments.document.read_text(encoding="utf-8")
     path = arguments.states or arguments.document.with_suffix(".states.safetensors")
+    # What has been read already needs no sharer.
+    kwargs = {"dtype": arguments.dtype, "load_sharers": not path.exists()}
+    model = C2CForCausalLM.from_pretrained(arguments.fuser, **kwargs)
+    processor = C2CProcessor.from_pretrained(arguments.fuser)
     if not path.exists():
         start = time.perf_counter()
         inputs = processor("?", sharer_context=document)

@@ -1,5 +1,6 @@
 """Sharers that run elsewhere: what they have read comes as a file or message, and gives the same answers."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -310,3 +311,37 @@ def test_without_sharers_states_are_asked_for(tmp_path: Path) -> None:
         C2CForCausalLM.from_pretrained(
             tmp_path / "fuser", receiver=receiver, sharers=tiny_model("qwen3"), load_sharers=False
         )
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_memory_of_a_sharer_elsewhere(name: str, tmp_path: Path) -> None:
+    """The saved fuser knows how the sharer's keys turn, in every layer, also where they do not turn at all."""
+    receiver, sharer = tiny_model("llama"), tiny_model(name, 1)
+    fields = {"context_mode": "memory", "memory_rank": 8, "memory_shared_bottleneck": True}
+    model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, **fields).eval()
+    ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
+    columns = torch.arange(9)
+    inputs = {
+        "input_ids": ids,
+        "sharer_input_ids": ids[:, :5],
+        "sharer_alignment": torch.where((columns > 0) & (columns < 6), columns - 1, -1)[None],
+    }
+    with torch.no_grad():
+        expected = model(**inputs, logits_to_keep=1).logits
+    state = SharerState.from_safetensors(SharerState.read(sharer, inputs["sharer_input_ids"]).to_safetensors())
+    model.save_pretrained(tmp_path / "fuser")
+    for folder in ("fuser", "copy"):
+        apart = C2CForCausalLM.from_pretrained(tmp_path / folder, receiver=receiver, load_sharers=False)
+        with torch.no_grad():
+            assert torch.equal(apart(**inputs, sharer_states=state, logits_to_keep=1).logits, expected)
+        apart.save_pretrained(tmp_path / "copy")
+    path = tmp_path / "fuser" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for damaged, message in (
+        (None, "`load_sharers=False` needs a memory fuser that records"),
+        ([{"kinds": [], "layers": [3]}], "`sharer_rotations` of the configuration is damaged"),
+    ):
+        path.write_text(json.dumps({**config, "sharer_rotations": damaged}), encoding="utf-8")
+        apart = C2CForCausalLM.from_pretrained(tmp_path / "fuser", receiver=receiver, load_sharers=False)
+        with pytest.raises(ValueError, match=message):
+            apart(**inputs, sharer_states=state)
