@@ -43,8 +43,10 @@ class Sums:
 
     def add(self, own: torch.Tensor, features: torch.Tensor) -> None:
         """Add tokens: their sum, and the products with the features."""
-        # Products of a few thousand tokens in float32, sums in float64.
-        self.total, self.products = self.total + own.double().sum(0), self.products + (features.T @ own).double()
+        # Products of a few thousand tokens in float32, sums in float64, which are too large to be copied each time.
+        product = features.T @ own
+        self.total = self.total + own.double().sum(0)
+        self.products = product.double() if isinstance(self.products, float) else self.products.add_(product)
 
 
 class _Solution(NamedTuple):
