@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_c2c import C2CConfig, FuserSizes, LayerShape, layer_mapping
 
@@ -186,6 +187,8 @@ class FuserGroup(nn.Module):
         self.entries = list(entries)
         self.projector = Projector(len(self.entries), sharer_width, receiver_width, num_heads, sizes)
         self.gate = Gate(len(self.entries))
+        #: Whether training computes hidden states twice rather than keep them.
+        self.gradient_checkpointing = False
         self._prepared: tuple[tuple, dict[str, torch.Tensor]] | None = None
 
     def train(self, mode: bool = True) -> "FuserGroup":
@@ -223,8 +226,10 @@ class FuserGroup(nn.Module):
         gate = None
         if self.training:
             gate = self.gate.soft(receiver_states.shape[1], self.projector.num_heads, temperature)
-        weights = self._weights(receiver_states.dtype, part)
-        return functional_call(self.projector, weights, (sharer_states, receiver_states, gate))
+        call = (self.projector, self._weights(receiver_states.dtype, part), (sharer_states, receiver_states, gate))
+        if self.training and self.gradient_checkpointing:
+            return checkpoint(functional_call, *call, use_reentrant=False)
+        return functional_call(*call)
 
     def _weights(self, dtype: torch.dtype, part: slice) -> dict[str, torch.Tensor]:
         """Return a part of the active entries' weights in the dtype that the states have."""

@@ -15,7 +15,7 @@ from .alignment import build_token_table, own_bos_token_id
 from .configuration_c2c import C2CConfig
 from .downloads import HUB_KWARGS, check_subfolder
 from .fingerprints import fingerprint, tokenizer_hash
-from .fuser import Fuser
+from .fuser import Fuser, FuserGroup
 from .loading import (
     VERIFY_HINT,
     BaseModel,
@@ -50,6 +50,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
     """
 
     config_class = C2CConfig
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -285,6 +286,18 @@ class C2CPreTrainedModel(C2CSavingMixin):
         load_adapter(built.receiver, pretrained_model_name_or_path, hub_kwargs)
         built.name_or_path = config.name_or_path or str(pretrained_model_name_or_path)
         return built.eval()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Let the fusers compute their hidden states twice rather than keep them; base models go on as they are.
+
+        They are frozen, and their layers would drop the cache. What transformers hands over besides is not needed.
+        """
+        for module in self.fuser.modules():
+            if isinstance(module, FuserGroup):
+                module.gradient_checkpointing = enable
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: the fusers' weights take gradients by themselves, whatever the receiver's embeddings do."""
 
     @contextmanager
     def alone(self) -> Iterator["C2CPreTrainedModel"]:

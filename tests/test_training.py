@@ -1,5 +1,6 @@
 """Training: what changes and what does not, losses, resuming, killed runs, two processes, the command line."""
 
+import dataclasses
 import json
 import math
 import os
@@ -164,6 +165,28 @@ def test_gradient_accumulation_changes_nothing(tmp_path: Path) -> None:
         trainer.train()
         runs.append(losses(trainer))
     torch.testing.assert_close(*map(torch.tensor, runs), atol=1e-4, rtol=0)
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory(tmp_path: Path) -> None:
+    """Noise and dropout are the same in the second pass; base models know nothing of it."""
+    known = {field.name for field in dataclasses.fields(C2CTrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    kept: list[int] = []
+    results = []
+    for checkpointing in (False, True):
+        kept.append(0)
+        trainer = make_trainer(tmp_path, **{name: checkpointing}, max_steps=3, seed=5)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            trainer.train()
+        results.append((losses(trainer), fuser_weights(trainer)))
+    (plain, weights), (twice, others) = results
+    assert plain == twice and all(torch.equal(weights[name], others[name]) for name in weights)
+    assert kept[1] < 0.7 * kept[0]
 
 
 def test_temperature_and_other_logs(tmp_path: Path) -> None:
