@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ._compat import CACHE_ARGUMENT, accepts_argument
+from ._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
+from .cache import C2CCache
 from .prefill import position_ids_from_mask
+
+#: Most logits that are held at once: 1 GiB in float32. A vocabulary of 262,144 words fills it with 1,024 tokens.
+MAX_LOGITS = 2**28
 
 
 class ContinuationScores(NamedTuple):
@@ -69,9 +73,33 @@ def scores_after(
     ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
     is_token = torch.arange(ids.shape[1], device=mask.device) < lengths.unsqueeze(1)
 
+    # Gradients would be kept for all parts anyway, and a cache that fuses answers, too, is no mere copy of states.
+    whole = torch.is_grad_enabled() or getattr(outputs.get(CACHE_ARGUMENT), "clean_cache", None) is not None
+    size = len(ids) if whole else max(1, MAX_LOGITS // (ids.shape[1] * outputs.logits.shape[-1]))
+    parts = []
+    for start in reversed(range(0, len(ids), size)):
+        part = slice(start, start + size)
+        # The first part comes last, and uses up the cache.
+        parts.append(_score_part(model, outputs, mask, rows[part], ids[part], is_token[part], keeps_cache=start > 0))
+    chosen, greedy = (torch.cat(values) for values in zip(*reversed(parts), strict=True))
+    return ContinuationScores(chosen, is_token, greedy)
+
+
+def _score_part(
+    model: PreTrainedModel,
+    outputs: Any,
+    mask: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    is_token: torch.Tensor,
+    keeps_cache: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-likelihoods of some continuations' tokens, and which continuations are greedy."""
     logits = outputs.logits[:, -1:][rows]
     if ids.shape[1] > 1:
         cache = outputs[CACHE_ARGUMENT]
+        if keeps_cache:
+            cache = copy_cache(cache.receiver_cache if isinstance(cache, C2CCache) else cache)
         cache.batch_select_indices(rows)
         # The last token predicts nothing that is asked for.
         going_on = {"input_ids": ids[:, :-1], "use_cache": True, CACHE_ARGUMENT: cache}
@@ -79,8 +107,7 @@ def scores_after(
         logits = torch.cat([logits, _run(model, going_on, whole_mask).logits], dim=1)
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).masked_fill(~is_token, 0.0)
-    is_greedy = ((logprobs.argmax(-1) == ids) | ~is_token).all(1)
-    return ContinuationScores(chosen, is_token, is_greedy)
+    return chosen, ((logprobs.argmax(-1) == ids) | ~is_token).all(1)
 
 
 def _run(model: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> Any:

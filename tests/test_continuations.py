@@ -59,6 +59,24 @@ def test_greedy_continuations_are_recognized() -> None:
     assert scores.is_greedy.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_in_parts(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary and many continuations do not fill the memory: a part at a time gives the same."""
+    model = tiny_c2c("llama", ["qwen3"]) if fused else tiny_model("llama")
+    expected = continuation_scores(model, padded_prompts(), CONTINUATIONS)
+    for rows in (1, 2, 3):
+        passes: list[int] = []
+        vocab_size = model.config.get_text_config().vocab_size
+        monkeypatch.setattr("c2c_hf.continuations.MAX_LOGITS", rows * 4 * vocab_size)
+        hook = model.register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        found = continuation_scores(model, padded_prompts(), CONTINUATIONS)
+        hook.remove()
+        assert len(passes) == 1 + -(-5 // rows)
+        assert torch.equal(found.is_token, expected.is_token) and torch.equal(found.is_greedy, expected.is_greedy)
+        torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
 def test_alone_scores_as_the_receiver() -> None:
     model = tiny_c2c("llama", ["qwen3"])
     inputs = padded_prompts()
