@@ -51,9 +51,8 @@ class StackedRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise `(num_entries, num_tokens, hidden_size)` over its last dimension."""
-        # As `rms_norm`, which on a processor takes five times as long for want of a kernel of its own.
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps)
+        # As `rms_norm`, whose power takes a processor twice as long as a square.
+        scale = torch.rsqrt(hidden_states.float().square().mean(-1, keepdim=True) + self.eps)
         normed = (hidden_states * scale).to(hidden_states.dtype)
         # Autograd would want what is overwritten.
         return normed * self.weight.unsqueeze(1) if torch.is_grad_enabled() else normed.mul_(self.weight.unsqueeze(1))
