@@ -5,7 +5,7 @@ import torch
 from conftest import close_gates
 from evaluation_for_tests import CHOICES, PROMPTS, pair
 
-from c2c_hf.evaluation.answering import Answerer, PlainAnswerer, Query
+from c2c_hf.evaluation.answering import Answerer, PlainAnswerer, Query, put_in_front
 from c2c_hf.evaluation.controls import Alone
 from c2c_hf.evaluation.fused_answering import C2CAnswerer
 from c2c_hf.evaluation.methods import TextToText
@@ -166,3 +166,14 @@ def test_bad_queries() -> None:
     for name in ("receiver", "c2c", "alone"):
         with pytest.raises(ValueError, match="reads at most 256"):
             by_name[name].score([Query("ships " * 300)], [[" x"]])
+
+
+def test_contexts_stand_in_front_of_what_the_user_said() -> None:
+    asked, begun = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because"}
+    assert put_in_front("Read this. ", "Why?") == "Read this. Why?"
+    assert put_in_front("Read this. ", [asked, begun]) == [{"role": "user", "content": "Read this. Why?"}, begun]
+    assert Query([asked, begun], continues=True, context="Ships.").reading_context().prompt == [
+        {"role": "user", "content": "Ships.\n\nWhy?"},
+        begun,
+    ]
+    assert Query("Why?").reading_context().prompt == "Why?" and asked["content"] == "Why?"

@@ -55,11 +55,14 @@ class Query:
 
 
 def put_in_front(head: str, prompt: str | Sequence[Message]) -> str | Sequence[Message]:
-    """Put a text in front of a prompt, or of the last message of a conversation."""
+    """Put a text in front of a prompt, or of what the user said last in a conversation."""
     if isinstance(prompt, str):
         return head + prompt
-    *turns, last = prompt
-    return [*turns, {**last, "content": head + last["content"]}]
+    messages = list(prompt)
+    # Behind it may stand the beginning of an answer.
+    index = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    messages[index] = {**messages[index], "content": f"{head}{messages[index]['content']}"}
+    return messages
 
 
 @dataclass
