@@ -22,7 +22,15 @@ from ._compat import CACHE_ARGUMENT
 from .fuser import StackedLinear
 from .modeling_c2c import C2CForCausalLM
 from .output_head import contiguous_head
-from .prefill import SharerState, full_length_cache, position_ids_from_mask, prefill
+from .prefill import (
+    SharerState,
+    cached_states,
+    full_length_cache,
+    gather_tokens,
+    position_ids_from_mask,
+    prefill,
+    read_text,
+)
 
 
 @dataclass
@@ -104,26 +112,28 @@ def fuser_products(model: C2CForCausalLM, num_tokens: int) -> Callable[[], None]
     return multiply
 
 
+def _read_alone(model: C2CForCausalLM, inputs: dict[str, torch.Tensor]) -> None:
+    """Let the receiver read its prompt, with the last logits alone."""
+    plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with contiguous_head(model.receiver):
+        model.receiver(**plain, logits_to_keep=1, use_cache=True)
+
+
+def _read_sharers(model: C2CForCausalLM, inputs: dict[str, torch.Tensor]) -> list[SharerState]:
+    """Let every sharer read its text, without logits."""
+    text = (inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
+    return [read_text(sharer, *text) for sharer in model.sharers]
+
+
 @torch.no_grad()
 def benchmark_prefill(model: C2CForCausalLM, length: int, batch_size: int, rounds: int = 5) -> Rounds:
     """Time `fused`, and the parts of its floor: `receiver`, `sharers`, `fuser`."""
     inputs = random_prompt(model, length, batch_size)
-    mask = inputs["attention_mask"]
-    positions = position_ids_from_mask(mask)
-
-    def receiver() -> None:
-        with contiguous_head(model.receiver):
-            model.receiver(input_ids=inputs["input_ids"], attention_mask=mask, logits_to_keep=1, use_cache=True)
-
-    def sharers() -> None:
-        for sharer in model.sharers:
-            prefill(sharer, full_length_cache(), inputs["sharer_input_ids"], mask, positions)
-
     return time_in_turn(
         {
             "fused": lambda: model(**inputs, logits_to_keep=1, use_cache=True),
-            "receiver": receiver,
-            "sharers": sharers,
+            "receiver": lambda: _read_alone(model, inputs),
+            "sharers": lambda: _read_sharers(model, inputs),
             "fuser": fuser_products(model, batch_size * (length - 1)),
         },
         rounds,
@@ -186,17 +196,10 @@ def benchmark_training_step(
     autocast = torch.autocast(device_type, dtype) if dtype != torch.float32 else nullcontext()
     cache = full_length_cache()
     prefill(model.receiver, cache, ids[:, :head], **read)
-    states = [(layer.keys, layer.values) for layer in cache.layers]
-    theirs = full_length_cache()
-    length = inputs["sharer_input_ids"].shape[1]
-    prefill(model.sharers[0], theirs, inputs["sharer_input_ids"], mask[:, :length], positions[:, :length])
-
-    def tokens(layers: Any) -> list[torch.Tensor]:
-        pairs = [(layer.keys, layer.values) for layer in layers]
-        ordered = [keys for keys, _ in pairs] + [values for _, values in pairs]
-        return [state[:, :, :head].transpose(1, 2).flatten(0, 1).flatten(1) for state in ordered]
-
-    sharer_tokens, receiver_tokens = tokens(theirs.layers), tokens(cache.layers)
+    states = cached_states(cache)
+    rows, places = (index.flatten() for index in torch.meshgrid(*map(torch.arange, (batch_size, head)), indexing="ij"))
+    sharer_tokens = gather_tokens(_read_sharers(model, inputs)[0].entries(), rows, places)
+    receiver_tokens = gather_tokens([keys for keys, _ in states] + [values for _, values in states], rows, places)
 
     def step() -> None:
         with autocast:
@@ -222,15 +225,11 @@ def benchmark_training_step(
             ).logits
             model.loss_function(logits=logits, labels=labels[:, head:], vocab_size=logits.shape[-1]).backward()
 
-    def sharers() -> None:
-        for sharer in model.sharers:
-            prefill(sharer, full_length_cache(), inputs["sharer_input_ids"], mask[:, :length], positions[:, :length])
-
     return time_in_turn(
         {
             "step": step,
             "receiver": lambda: prefill(model.receiver, full_length_cache(), ids[:, :head], **read),
-            "sharers": sharers,
+            "sharers": lambda: _read_sharers(model, inputs),
             "fuser": fuser,
             "answer": answer,
         },
@@ -253,10 +252,7 @@ def benchmark_memory(
     Returns:
         The times, and the bytes of the sharer's states as a message: `states`, and rounded to 8 bits `states_int8`.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocab_sizes = [base.config.get_text_config().vocab_size for base in (model.receiver, *model.sharers)]
-    ids = torch.randint(10, min(vocab_sizes), (1, context_length + prompt_length), generator=generator)
-    ids = ids.to(model.device)
+    ids = random_prompt(model, context_length + prompt_length, 1)["input_ids"]
     alignment = torch.full_like(ids, -1)
     alignment[:, 1 : context_length + 1] = torch.arange(context_length)
     state = SharerState.read(model.sharers[0], ids[:, :context_length])
@@ -267,14 +263,10 @@ def benchmark_memory(
         "sharer_alignment": alignment,
     }
 
-    def reading() -> None:
-        with contiguous_head(model.receiver):
-            model.receiver(input_ids=ids, attention_mask=inputs["attention_mask"], logits_to_keep=1, use_cache=True)
-
     timed = time_in_turn(
         {
             "remembering": lambda: model(**inputs, sharer_states=state, logits_to_keep=1, use_cache=True),
-            "reading": reading,
+            "reading": lambda: _read_alone(model, inputs),
         },
         rounds,
     )
@@ -296,8 +288,8 @@ def peak_memory(model: C2CForCausalLM, length: int, batch_size: int) -> tuple[fl
         return None
     cache: Any = model(**inputs, logits_to_keep=1, use_cache=True)[CACHE_ARGUMENT]
     peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else _resident("VmHWM")
-    weights = sum(parameter.nbytes for parameter in {id(p): p for p in model.parameters()}.values())
-    states = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    states = sum(state.nbytes for pair in cached_states(cache) for state in pair)
     return float(peak), float(weights + states)
 
 

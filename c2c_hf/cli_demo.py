@@ -4,11 +4,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .modeling_c2c import C2CForCausalLM
-    from .processing_c2c import C2CProcessor
+from typing import Any
 
 
 def add_demo_command(commands: Any, positive: Callable[[str], int]) -> None:
@@ -71,6 +67,7 @@ def _answer_about(document: str, questions: list[str], max_new_tokens: int) -> N
     """Answer from what the sharer has read once; beside it the receiver without the document, and reading it."""
     import time
 
+    from .compare import answer_fused
     from .demo import load_shipped
     from .prefill import SharerState
 
@@ -89,22 +86,9 @@ def _answer_about(document: str, questions: list[str], max_new_tokens: int) -> N
             ("from memory", question, state),
         ):
             start = time.perf_counter()
-            text = _write(model, processor, message, document if given else None, given, max_new_tokens)
+            context = None if given is None else document
+            text = answer_fused(model, processor, message, max_new_tokens, context=context, state=given)
             print(_line(name, time.perf_counter() - start, text))
-
-
-def _write(
-    model: "C2CForCausalLM",
-    processor: "C2CProcessor",
-    message: str,
-    context: str | None,
-    state: Any,
-    max_new_tokens: int,
-) -> str:
-    inputs: Any = processor.apply_chat_template([{"role": "user", "content": message}], sharer_context=context)
-    given = {} if state is None else {"sharer_states": state}
-    out = model.generate(**inputs, **given, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _line(name: str, seconds: float, text: str) -> str:
