@@ -36,6 +36,13 @@ def add_fit_command(commands: Any, positive: Callable[[str], int]) -> None:
     fit.add_argument(
         "--hidden-size", type=int, default=0, metavar="N", help="of a residual network for training (default: none)"
     )
+    fit.add_argument(
+        "--questions",
+        metavar="FILE",
+        help="with the columns sharer_context, question, choices and answer: the maps are stretched as far as it "
+        "helps to answer them (default: not at all)",
+    )
+    fit.add_argument("--max-questions", type=positive, default=60, metavar="N", help="of them (default 60)")
     fit.add_argument("--max-length", type=positive, default=512, metavar="N", help="tokens of a text (default 512)")
     fit.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     fit.add_argument("--device", default="cpu", metavar="DEVICE", help="such as cuda (default cpu)")
@@ -51,7 +58,7 @@ def _fit(parsed: argparse.Namespace) -> None:
 
     if (parsed.receiver is None) != (parsed.sharer is None):
         raise ValueError("give both `--receiver` and `--sharer`, or neither for the pair that installs from PyPI.")
-    texts = _texts(parsed)
+    texts, questions = _texts(parsed), _questions(parsed)
     names = local_pair() if parsed.receiver is None else (parsed.receiver, parsed.sharer)
     options = {"context_mode": "memory", "memory_sink_tokens": parsed.sink_tokens}
     processor = C2CProcessor.from_receiver_and_sharers(*names, **options)
@@ -69,11 +76,12 @@ def _fit(parsed: argparse.Namespace) -> None:
             "memory_hidden_size": parsed.hidden_size,
         }
         model: Any = C2CForCausalLM.from_receiver_and_sharers(loaded[0], loaded[1], **fields)
-        report = fit_ridge(model, processor, texts, max_length=parsed.max_length)
+        report = fit_ridge(model, processor, texts, max_length=parsed.max_length, questions=questions)
         keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
         print(
             f"{count} source layers, {report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens "
             f"{keys:.3f} (keys), {values:.3f} (values)"
+            + (f"; stretched by the power {report.stretch:g}" if questions is not None else "")
         )
         if best is None or keys + values > best[0]:
             best = (keys + values, model, report)
@@ -100,3 +108,15 @@ def _texts(parsed: argparse.Namespace) -> list[str]:
             raise ValueError(f"The column {parsed.column!r} of {name} must hold texts.")
         texts += column
     return texts
+
+
+def _questions(parsed: argparse.Namespace) -> list[dict[str, Any]] | None:
+    from .training_rows import load_rows
+
+    if parsed.questions is None:
+        return None
+    rows = load_rows(parsed.questions)
+    needed = ("sharer_context", "question", "choices", "answer")
+    if missing := [name for name in needed if name not in (rows.column_names or [])]:
+        raise ValueError(f"{parsed.questions} lacks the columns {missing}; a question needs {list(needed)}.")
+    return [dict(row) for row in rows.take(parsed.max_questions)]

@@ -1,7 +1,8 @@
 """Closed-form maps from a sharer's states to the receiver's: a memory fuser in minutes, without a gradient."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from .prefill import read_text
 from .processing_c2c import C2CProcessor
 from .ridge_solution import RidgeReport, Sums, solve_maps
 from .rope import Rotation
+from .stretching import choose_stretch
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
 #: Tokens whose products are summed up at once: adding to sums of the features' width is what costs.
@@ -32,6 +34,7 @@ def fit_ridge(
     batch_size: int = 8,
     max_length: int = 512,
     progress: bool = True,
+    questions: Sequence[Mapping[str, Any]] | None = None,
 ) -> RidgeReport:
     """Fit a memory fuser on texts that sharer and receiver both read.
 
@@ -50,9 +53,11 @@ def fit_ridge(
         batch_size: Texts read at once.
         max_length: Tokens after which a text is cut, of each model by itself.
         progress: Show a progress bar.
+        questions: Rows of `sharer_context`, `question`, `choices` and `answer`, by which the maps are stretched, see
+            [`~stretching.choose_stretch`]; `None`: they stay as least squares makes them, which is too flat.
 
     Returns:
-        How well the held-out states are predicted.
+        How well the held-out states are predicted, before stretching.
 
     Raises:
         ValueError: Not in memory mode, or too few texts.
@@ -105,7 +110,13 @@ def fit_ridge(
             f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give "
             "more texts or a smaller `batch_size`."
         )
-    return solve_maps(fuser, windows, layers, num_tokens, num_held_out, alphas, progress)
+    report = solve_maps(fuser, windows, layers, num_tokens, num_held_out, alphas, progress)
+    if questions is not None:
+        # The sums are as large as the maps.
+        windows.clear()
+        layers.clear()
+        choose_stretch(model, processor, report, questions, sharer_index, batch_size=batch_size, progress=progress)
+    return report
 
 
 def _halves(entries: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -24,6 +24,10 @@ class RidgeReport:
         r2_keys: Per receiver layer the share of the variance of its keys (free of position) that is explained.
         r2_values: The same of its values.
         alphas: Per receiver layer the penalty chosen, relative to the mean variance of the features.
+        spread_keys: Per receiver layer the standard deviation of its keys over that of the predicted ones.
+        spread_values: The same of its values.
+        means: Per receiver layer the mean of its keys and values, side by side, as the fuser's maps make them.
+        stretch: The power of these spreads by which the maps were stretched, see [`~stretching.stretch_maps`].
     """
 
     num_tokens: int
@@ -31,6 +35,10 @@ class RidgeReport:
     r2_keys: list[float]
     r2_values: list[float]
     alphas: list[float]
+    spread_keys: list[float]
+    spread_values: list[float]
+    means: list[torch.Tensor]
+    stretch: float = 0.0
 
 
 @dataclass
@@ -49,6 +57,15 @@ class Sums:
         self.products = product.double() if isinstance(self.products, float) else self.products.add_(product)
 
 
+class _Quality(NamedTuple):
+    """How well a layer's states are predicted: R2, and how much more they vary than what is predicted."""
+
+    r2_keys: float
+    r2_values: float
+    spread_keys: float
+    spread_values: float
+
+
 class _Solution(NamedTuple):
     """Maps from features to receiver layers, all of unit size.
 
@@ -58,7 +75,8 @@ class _Solution(NamedTuple):
         down: `(in_features, rank)`, or `None` for a full rank.
         weight: `(rank or in_features, out_features of all layers)`.
         bias: `(out_features of all layers,)`.
-        r2: Per layer that of the keys and that of the values.
+        mean: `(out_features of all layers,)`, of the states.
+        quality: Per layer, on the tokens held out.
     """
 
     error: float
@@ -66,7 +84,8 @@ class _Solution(NamedTuple):
     down: torch.Tensor | None
     weight: torch.Tensor
     bias: torch.Tensor
-    r2: list[tuple[float, float]]
+    mean: torch.Tensor
+    quality: list[_Quality]
 
 
 def solve_maps(
@@ -93,7 +112,16 @@ def solve_maps(
         ValueError: No penalty is large enough for as few tokens.
     """
     count = len(layers)
-    report = RidgeReport(num_tokens, num_held_out, *([0.0] * count for _ in range(3)))
+    report = RidgeReport(
+        num_tokens,
+        num_held_out,
+        r2_keys=[0.0] * count,
+        r2_values=[0.0] * count,
+        alphas=[0.0] * count,
+        spread_keys=[1.0] * count,
+        spread_values=[1.0] * count,
+        means=[torch.empty(0)] * count,
+    )
     for layer_idx, layer in enumerate(layers):
         heads, key_dim, _ = fuser.receiver_shapes[layer_idx]
         keys, values = torch.cat(layer.held).double().var(0).tensor_split([heads * key_dim])
@@ -151,11 +179,11 @@ def _solve_window(
         for index, (y, xy) in enumerate(zip(targets, crossed, strict=True)):
             down, weight = _maps(factor, xy, y.rank, num_tokens)
             predicted = held_x @ weight if down is None else held_x @ down @ weight
-            error, r2 = y.judge(predicted)
+            error, quality = y.judge(predicted)
             previous = best[index]
             if previous is None or error < previous.error:
                 bias = y.mean - (mean_x @ weight if down is None else mean_x @ down @ weight)
-                best[index] = _Solution(error, alpha, down, weight, bias, r2)
+                best[index] = _Solution(error, alpha, down, weight, bias, y.mean, quality)
     if any(solution is None for solution in best):
         raise ValueError(f"`alphas`: {list(alphas)} are all too small for {num_tokens} tokens; give larger ones.")
     return [solution for solution in best if solution is not None]
@@ -206,12 +234,16 @@ class _Targets(NamedTuple):
         rank = fuser.bottleneck(layer_indices[0])
         return cls(products / size, mean, held / size - mean, rank, widths)
 
-    def judge(self, predicted: torch.Tensor) -> tuple[float, list[tuple[float, float]]]:
-        """Return the error on held out tokens, and per layer R2 of keys and values."""
-        errors = (predicted - self.held).square().sum(0).split(self.widths)
-        totals = self.held.square().sum(0).split(self.widths)
-        shares = [1 - float(error.sum() / total.sum()) for error, total in zip(errors, totals, strict=True)]
-        return float(sum(error.sum() for error in errors)), list(zip(shares[::2], shares[1::2], strict=True))
+    def judge(self, predicted: torch.Tensor) -> tuple[float, list[_Quality]]:
+        """Return the error on held out tokens, and per layer how well it is predicted."""
+        errors, totals, sizes = (
+            torch.stack([part.sum() for part in states.square().sum(0).split(self.widths)])
+            for states in (predicted - self.held, self.held, predicted)
+        )
+        # What does not vary cannot be stretched.
+        spreads = torch.where((sizes > 0) & (totals > 0), totals / sizes, 1.0).sqrt()
+        numbers = torch.cat([(1 - errors / totals).view(-1, 2), spreads.view(-1, 2)], dim=1)
+        return float(errors.sum()), [_Quality(*layer) for layer in numbers.tolist()]
 
 
 def _write(fuser: MemoryFuser, layer_indices: Sequence[int], solution: _Solution, report: RidgeReport) -> None:
@@ -220,8 +252,8 @@ def _write(fuser: MemoryFuser, layer_indices: Sequence[int], solution: _Solution
     for layer_idx in layer_indices:
         heads, key_dim, value_dim = fuser.receiver_shapes[layer_idx]
         widths.append(heads * (key_dim + value_dim))
-    weights, biases = solution.weight.split(widths, dim=1), solution.bias.split(widths)
-    for layer_idx, weight, bias, r2 in zip(layer_indices, weights, biases, solution.r2, strict=True):
+    parts = (solution.weight.split(widths, dim=1), solution.bias.split(widths), solution.mean.split(widths))
+    for layer_idx, weight, bias, mean, quality in zip(layer_indices, *parts, solution.quality, strict=True):
         group = next(group for group in fuser.groups if layer_idx in group.layers)
         index = group.layers.index(layer_idx)
         # A rank beyond that of the map leaves the rest of the bottleneck empty.
@@ -234,5 +266,6 @@ def _write(fuser: MemoryFuser, layer_indices: Sequence[int], solution: _Solution
         if group.residual is not None:
             for parameter in group.residual[-1].parameters():
                 parameter[index].zero_()
-        report.r2_keys[layer_idx], report.r2_values[layer_idx] = r2
-        report.alphas[layer_idx] = solution.alpha
+        report.r2_keys[layer_idx], report.r2_values[layer_idx] = quality.r2_keys, quality.r2_values
+        report.spread_keys[layer_idx], report.spread_values[layer_idx] = quality.spread_keys, quality.spread_values
+        report.alphas[layer_idx], report.means[layer_idx] = solution.alpha, mean
