@@ -153,9 +153,8 @@ def remember(
                 shape = (batch_size, seq_len, keys.shape[1])
                 layers.append([states.new_zeros(*shape, states.shape[2]) for states in (keys, values)])
             where = (rows.to(device), columns.to(device))
-            layers[layer_idx] = [
-                states.index_put(where, new) for states, new in zip(layers[layer_idx], (keys, values), strict=True)
-            ]
+            for states, new in zip(layers[layer_idx], (keys, values), strict=True):
+                states.index_put_(where, new)
     return [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in layers]
 
 
@@ -202,16 +201,12 @@ def read_heads(
     return cached_states(cache)
 
 
-def place_heads(plan: MemoryPlan, states: LayerStates, heads: LayerStates) -> LayerStates:
-    """Put the states of head tokens where they belong."""
+def place_heads(plan: MemoryPlan, states: LayerStates, heads: LayerStates) -> None:
+    """Put the states of head tokens where they belong, in place."""
     rows, index = plan.is_head.nonzero(as_tuple=True)
     columns = plan.heads[rows, index]
-    placed = []
     for pair, own in zip(states, heads, strict=True):
-        new = []
         for whole, part in zip(pair, own, strict=True):
             tokens = part.transpose(1, 2)[rows.to(part.device), index.to(part.device)]
             target = (rows.to(whole.device), columns.to(whole.device))
-            new.append(whole.transpose(1, 2).index_put(target, tokens.to(whole)).transpose(1, 2))
-        placed.append((new[0], new[1]))
-    return placed
+            whole.transpose(1, 2).index_put_(target, tokens.to(whole))

@@ -108,8 +108,10 @@ class MemoryFuser(nn.Module):
         Returns:
             `(num_tokens, in_features)`.
         """
-        scales = self.sharer_scales
-        return torch.cat([sharer_states[i].to(scales.dtype) / scales[i] for i in self.entries(layer_idx)], dim=-1)
+        entries, scales = self.entries(layer_idx), self.sharer_scales
+        sizes = torch.cat([scales[i].expand(self.entry_widths[i]) for i in entries])
+        # In place: with all layers of a sharer this is the largest tensor of all.
+        return torch.cat([sharer_states[i].to(scales.dtype) for i in entries], dim=-1).div_(sizes)
 
     def entries(self, layer_idx: int) -> list[int]:
         """Return which of the sharer's entries the features of a receiver layer consist of, in order."""
@@ -140,10 +142,17 @@ class MemoryFuser(nn.Module):
                 features = torch.stack([self.features(sharer_states, layer_idx) for layer_idx in group.layers])
             else:
                 features = shared.expand(len(group.layers), *shared.shape)
-            for layer_idx, made in zip(group.layers, group(features).unbind(0), strict=True):
+            for layer_idx, made in zip(group.layers, (group(features) * self._sizes(group)).unbind(0), strict=True):
                 heads, key_dim, value_dim = self.receiver_shapes[layer_idx]
                 keys, values = made.split([heads * key_dim, heads * value_dim], dim=-1)
-                keys = keys * self.receiver_scales[layer_idx]
-                values = values * self.receiver_scales[num_layers + layer_idx]
                 states[layer_idx] = (keys.unflatten(-1, (heads, key_dim)), values.unflatten(-1, (heads, value_dim)))
         return states
+
+    def _sizes(self, group: MemoryGroup) -> torch.Tensor:
+        """Return `receiver_scales` of what a group makes, `(num_layers, 1, out_features)`."""
+        rows = []
+        for layer_idx in group.layers:
+            heads, *dims = self.receiver_shapes[layer_idx]
+            sizes = self.receiver_scales[layer_idx :: len(self.receiver_shapes)]
+            rows.append(torch.cat([size.expand(heads * dim) for size, dim in zip(sizes, dims, strict=True)]))
+        return torch.stack(rows).unsqueeze(1)

@@ -137,5 +137,5 @@ class C2CMemoryMixin(ReceivingMixin):
         states = [(keys.to(dtype), values.to(dtype)) for keys, values in states]
         if plan.heads.shape[1] > 0:
             heads = read_heads(plan, self.receiver, receiver_inputs["input_ids"], position_ids, trains(self.receiver))
-            states = place_heads(plan, states, heads)
+            place_heads(plan, states, heads)
         return states

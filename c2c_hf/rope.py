@@ -53,11 +53,20 @@ class Rotation:
             return keys
         angles = sign * positions.to(keys.device).float()[:, None] * self.inv_freq.to(keys.device).float()
         cos, sin = (angles.cos() * scaling).unsqueeze(1), (angles.sin() * scaling).unsqueeze(1)
-        turned, rest = keys.float()[..., : 2 * num_pairs], keys[..., 2 * num_pairs :]
-        first, second = turned.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else turned.chunk(2, dim=-1)
-        pair = (first * cos - second * sin, second * cos + first * sin)
-        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
-        return torch.cat([turned.to(keys.dtype), rest], dim=-1)
+        first, second = self._halves(keys)
+        # As few passes over the keys as there can be: they are many more than the angles.
+        turned = keys.to(torch.float32, copy=True)
+        into_first, into_second = self._halves(turned)
+        into_first.mul_(cos).addcmul_(second.float(), sin, value=-1)
+        into_second.mul_(cos).addcmul_(first.float(), sin)
+        return turned.to(keys.dtype)
+
+    def _halves(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of the first and the second dimension of all pairs."""
+        num_pairs = len(self.inv_freq)
+        if self.interleaved:
+            return keys[..., 0 : 2 * num_pairs : 2], keys[..., 1 : 2 * num_pairs : 2]
+        return keys[..., :num_pairs], keys[..., num_pairs : 2 * num_pairs]
 
 
 @torch.no_grad()
