@@ -52,3 +52,19 @@ def test_numbers(text: str, strict: str | None, lenient: str | None) -> None:
     doc = {"answers": ["18"]}
     assert read_answer(doc, text) == (strict, lenient)
     assert score_answer(doc, [text]) == {"strict": float(strict == "18"), "lenient": float(lenient == "18")}
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient", "right"),
+    [
+        ("The Hunter River.", "hunter river", "hunter river", (1, 1)),
+        ("It is the Hunter\nRiver, I think", "it is hunter river i think", "hunter river", (0, 1)),
+        ("hunter rivers", "hunter rivers", "hunter rivers", (0, 0)),
+        ("应为77.3亿美元左右", "应为77 3亿美元左右", "77 3亿美元", (0, 1)),
+        ("\n...", None, None, (0, 0)),
+    ],
+)
+def test_words(text: str, strict: str | None, lenient: str | None, right: tuple[int, int]) -> None:
+    doc = {"answers": ["Hunter River", "77.3亿美元。"]}
+    assert read_answer(doc, text) == (strict, lenient)
+    assert score_answer(doc, [text]) == {"strict": right[0], "lenient": right[1]}

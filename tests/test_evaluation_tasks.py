@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,38 @@ HUB = {
     },
     "ceval": {"id": 5, "question": "哪里？", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "C", "explanation": ""},
     "gsm8k": {"question": "How many?", "answer": "1,000 + 234\n#### 1,234"},
+    "longbench": {"input": "Wo?", "context": "Sie steht\u2028in Jena.", "answers": ["in Jena"], "_id": "f00"},
 }
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_rows_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load_dataset(path: str, config: str, split: str) -> list[dict[str, Any]]:
         asked.append((path, config, split))
         return [HUB[name]]
 
+    def hf_hub_download(path: str, name_there: str, repo_type: str) -> Path:
+        asked.append((path, name_there, "test"))
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            for subject in SOURCES[name].subjects:
+                archive.writestr(f"data/{subject}.jsonl", json.dumps(HUB[name], ensure_ascii=False) + "\n")
+        return tmp_path / "data.zip"
+
     monkeypatch.setattr(rows, "load_dataset", load_dataset)
+    monkeypatch.setattr(rows, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(rows, "get_dataset_config_names", lambda path: ["first", "second"])
     loaded = load(name)["test"]
     subjects = [row["subject"] for row in loaded]
-    several = name in ("mmlu_redux", "ceval")
-    assert subjects == (["first", "second"] if several else [""])
+    several = {"mmlu_redux": ["first", "second"], "ceval": ["first", "second"], "longbench": [*rows._LONGBENCH]}
+    assert subjects == several.get(name, [""])
     assert len(set(loaded["id"])) == len(loaded)
     assert {(path, split) for path, _, split in asked} == {(SOURCES[name].path, SOURCES[name].hub_split)}
     if name == "gsm8k":
         assert loaded[0]["answers"] == ["1234"]
+    elif name == "longbench":
+        assert loaded[0]["context"] == "Sie steht\u2028in Jena."
     else:
         assert loaded[0]["choices"][loaded[0]["answer"]] == {"arc_challenge": "c", "ceval": "c"}.get(name, "b")
 
@@ -104,6 +116,18 @@ def test_items(data_dir: Path) -> None:  # noqa: F811
     assert number.items[2].answer == "4"
     assert chinese.items[0].prompt.startswith("题目：")
     assert chinese.items[0].choices == ("A", "B")
+
+
+def test_a_long_text_is_for_those_that_read_it(tmp_path: Path) -> None:
+    row = {"id": "long-0", "question": "Who rows?", "answers": ["Ada", "Ada L."], "context": "Ada rows. " * 50}
+    write_rows(tmp_path / "longbench" / "test.jsonl", [row])
+    (task,) = load_tasks(["longbench_generate"], str(tmp_path))
+    (item,) = task.items
+    assert task.is_written
+    assert item.prompt.startswith("Answer this question")
+    assert item.prompt.endswith("Question: Who rows?\nAnswer:")
+    assert item.context == row["context"]
+    assert item.answer == "Ada"
 
 
 def test_a_limit_draws_the_same_items(data_dir: Path) -> None:  # noqa: F811

@@ -68,10 +68,23 @@ def lenient_number(text: str) -> str | None:
 
 
 def read_answer(doc: dict[str, Any], text: str) -> tuple[int | str | None, int | str | None]:
-    """Read an answer strictly and leniently: the index of a choice where the row has choices, else a number."""
+    """Read an answer strictly and leniently.
+
+    Args:
+        doc: A row, with `choices` and `answer`, or with `answers`.
+        text: What a model wrote.
+
+    Returns:
+        The index of a choice, where the row has choices; a number, where all accepted answers are numbers; else the
+        plain words, strictly of the whole text, leniently an accepted answer that occurs in it, or the whole text.
+    """
     if "choices" in doc:
         return strict_letter(text, doc["choices"]), lenient_letter(text, doc["choices"])
-    return strict_number(text), lenient_number(text)
+    if _asks_for_number(doc):
+        return strict_number(text), lenient_number(text)
+    said = _plain_words(text)
+    found = (accepted for accepted in map(_plain_words, doc["answers"]) if _occurs(accepted, said))
+    return said or None, next(found, said) or None
 
 
 def score_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -81,9 +94,27 @@ def score_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
         doc: A row, with `choices` and `answer`, or with `answers`.
         results: The written text, alone.
     """
-    right = {doc["answer"]} if "choices" in doc else {_plain_number(answer) for answer in doc["answers"]}
+    if "choices" in doc:
+        right = {doc["answer"]}
+    else:
+        right = set(map(_plain_number if _asks_for_number(doc) else _plain_words, doc["answers"]))
     strict, lenient = read_answer(doc, results[0])
     return {"strict": float(strict in right), "lenient": float(lenient in right)}
+
+
+def _asks_for_number(doc: dict[str, Any]) -> bool:
+    return all(_NUMBER.fullmatch(answer) for answer in doc["answers"])
+
+
+def _plain_words(text: str) -> str:
+    """Return a text without case, punctuation, English articles and spaces that do not separate words."""
+    bare = re.sub(r"[^\w\s]|_", " ", text.lower())
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", bare).split())
+
+
+def _occurs(accepted: str, said: str) -> bool:
+    # Words where words are separated by spaces; Chinese ones are not.
+    return bool(accepted) and (f" {accepted} " in f" {said} " or (not accepted.isascii() and accepted in said))
 
 
 def _plain_number(text: str) -> str:

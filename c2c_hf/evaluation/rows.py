@@ -2,12 +2,14 @@
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset
+from huggingface_hub import hf_hub_download
 
 from ..private_facts import private_facts
 
@@ -32,6 +34,8 @@ class Source:
         config: Its configuration there; `None`: all of them, one subject each.
         hub_split: The split there.
         convert: Turns a row of the Hub into ours.
+        archive: An archive there that holds `data/SUBJECT.jsonl`, or `None`: `datasets` reads the repository.
+        subjects: Those of the archive.
     """
 
     kind: str
@@ -40,6 +44,8 @@ class Source:
     config: str | None
     hub_split: str
     convert: Callable[[Row], Row]
+    archive: str | None = None
+    subjects: tuple[str, ...] = ()
 
 
 def _from_labels(row: Row) -> Row:
@@ -76,6 +82,14 @@ def _from_gsm8k(row: Row) -> Row:
     return {"question": row["question"], "answers": [answer.strip().replace(",", "")], "solution": solution.strip()}
 
 
+def _from_longbench(row: Row) -> Row:
+    names = {"question": "input", "context": "context", "answers": "answers"}
+    return {ours: row[theirs] for ours, theirs in names.items()}
+
+
+#: The question-answering tasks of LongBench: of one document, and of several.
+_LONGBENCH = ("qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique")
+
 SOURCES = {
     "arc_challenge": Source("choice", "test", "allenai/ai2_arc", "ARC-Challenge", "test", _from_labels),
     "arc_easy": Source("choice", "test", "allenai/ai2_arc", "ARC-Easy", "test", _from_labels),
@@ -83,6 +97,8 @@ SOURCES = {
     "mmlu_redux": Source("choice", "test", "edinburgh-dawg/mmlu-redux-2.0", None, "test", _from_mmlu_redux),
     "ceval": Source("choice", "validation", "ceval/ceval-exam", None, "val", _from_ceval),
     "gsm8k": Source("open", "test", "openai/gsm8k", "main", "test", _from_gsm8k),
+    # An archive of JSON Lines, which its own loading script would read.
+    "longbench": Source("open", "test", "THUDM/LongBench", None, "test", _from_longbench, "data.zip", _LONGBENCH),
 }
 
 
@@ -122,15 +138,23 @@ def _make_private_facts() -> list[Row]:
 
 
 def _from_hub(source: Source) -> list[Row]:
-    configs = [source.config] if source.config else get_dataset_config_names(source.path)
+    configs = [source.config] if source.config else source.subjects or get_dataset_config_names(source.path)
     rows = []
     for config in configs:
-        for index, row in enumerate(load_dataset(source.path, config, split=source.hub_split)):
+        for index, row in enumerate(_read_config(source, config)):
             subject = {} if source.config else {"subject": config}
             rows.append({"id": str(row.get("id") or f"{config}/{index}"), **subject, **source.convert(row)})
             if not source.config:
                 rows[-1]["id"] = f"{config}/{index}"
     return rows
+
+
+def _read_config(source: Source, config: str) -> Iterable[Row]:
+    if source.archive is None:
+        return load_dataset(source.path, config, split=source.hub_split)
+    archive = hf_hub_download(source.path, source.archive, repo_type="dataset")
+    with zipfile.ZipFile(archive) as files, files.open(f"data/{config}.jsonl") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _from_folder(dataset: str, source: Source, folder: Path) -> list[Row]:
