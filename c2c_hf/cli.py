@@ -127,17 +127,16 @@ def _load(parsed: argparse.Namespace) -> "tuple[C2CForCausalLM, C2CProcessor]":
     from . import C2CForCausalLM, C2CProcessor
 
     kwargs: dict[str, Any] = {"dtype": parsed.dtype}
-    if parsed.model in ("general", "memory") and not Path(parsed.model).exists() and not parsed.receiver:
-        from .demo import load_shipped
+    if parsed.model is not None:
+        from .demo import load_fuser
 
-        model, processor = load_shipped(parsed.model, **kwargs)
-    elif parsed.model is not None:
         if parsed.token_alignment is not None:
             raise ValueError(
                 "`--token-alignment` goes with `--receiver` and `--sharer`: a saved fuser records its own."
             )
-        model = C2CForCausalLM.from_pretrained(parsed.model, receiver=parsed.receiver, sharers=parsed.sharer, **kwargs)
-        processor = C2CProcessor.from_pretrained(parsed.model)
+        given = {"receiver": parsed.receiver, "sharers": parsed.sharer}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        model, processor = load_fuser(parsed.model, **kwargs)
     elif parsed.receiver is None or parsed.sharer is None:
         raise ValueError("give `--model`, or both `--receiver` and `--sharer`.")
     else:

@@ -95,6 +95,19 @@ def load_shipped(name: str, **model_kwargs: Any) -> tuple[C2CForCausalLM, C2CPro
     return model, C2CProcessor.from_receiver_and_sharers(*pair, model.config.token_alignment, **fields)
 
 
+def load_fuser(name: str, **model_kwargs: Any) -> tuple[C2CForCausalLM, C2CProcessor]:
+    """Load a fuser as the command line names it, on the models that it was trained for.
+
+    Args:
+        name (`str`): `"general"` or `"memory"`, which come with the package, unless there is such a folder; else a
+            folder or Hub id.
+        **model_kwargs: arguments of [`C2CForCausalLM.from_pretrained`], such as `dtype`.
+    """
+    if name in SHIPPED_FUSERS and not Path(name).exists() and not {"receiver", "sharers"} & model_kwargs.keys():
+        return load_shipped(name, **model_kwargs)
+    return C2CForCausalLM.from_pretrained(name, **model_kwargs), C2CProcessor.from_pretrained(name)
+
+
 def questions() -> list[dict[str, Any]]:
     """Return the demo's multiple-choice questions: `id`, `question`, `choices`, `answer` (an index), `source`."""
     text = files("c2c_hf").joinpath("data/demo_questions.jsonl").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ python examples/answer_loss.py my-fuser validation.jsonl --rows 100
 import argparse
 import tempfile
 
-from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
-from c2c_hf.demo import load_shipped
+from c2c_hf import C2CTrainer, C2CTrainingArguments
+from c2c_hf.demo import load_fuser
 from c2c_hf.training_data import prepare_dataset
 from c2c_hf.training_rows import load_rows
 
@@ -23,11 +23,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
 
-    if options.fuser == "general":
-        model, processor = load_shipped("general", dtype=options.dtype)
-    else:
-        model = C2CForCausalLM.from_pretrained(options.fuser, dtype=options.dtype)
-        processor = C2CProcessor.from_pretrained(options.fuser)
+    model, processor = load_fuser(options.fuser, dtype=options.dtype)
     rows = load_rows(options.data)
     rows = rows.select(range(min(len(rows), options.rows or len(rows))))
     examples = prepare_dataset(rows, processor, options.max_length, name=options.data)

@@ -8,6 +8,7 @@ a blank line, as Dolly's do, and `texts.jsonl` what both models read for `c2c fi
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the files go")
     parser.add_argument("chats", help="JSON Lines file or Hub id, with a column `messages`")
     parser.add_argument("--facts", type=int, default=9000, help="number of questions about facts")
-    parser.add_argument("--fact-texts", type=int, default=3000, help="how many of their contexts are in texts.jsonl")
-    parser.add_argument("--max-characters", type=int, default=800, help="longest passage")
+    parser.add_argument("--fact-texts", type=int, default=2000, help="how many of their contexts are in texts.jsonl")
+    parser.add_argument("--passage-texts", type=int, default=400, help="how many passages are in texts.jsonl")
+    parser.add_argument("--min-characters", type=int, default=0, help="shortest passage")
+    parser.add_argument("--max-characters", type=int, default=800, help="passages are shorter than that")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -31,12 +34,15 @@ def main() -> None:
     for row in load_rows(options.chats):
         question, blank, passage = row["messages"][0]["content"].partition("\n\n")
         answer = row["messages"][1]["content"]
-        short = len(question) < 200 and len(answer) < 300 and len(passage) < options.max_characters
+        short = len(question) < 200 and len(answer) < 300
+        fits = options.min_characters <= len(passage) < options.max_characters
         # Whoever summarizes needs all of a passage; questions and extractions need some of it.
-        if blank and short and row.get("category") in (None, "closed_qa", "information_extraction"):
+        if blank and short and fits and row.get("category") in (None, "closed_qa", "information_extraction"):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             passages.append({"id": row["id"], "sharer_context": passage, "messages": messages})
-    contexts = [row["sharer_context"] for row in (*passages, *facts[: options.fact_texts])]
+    # In random order, so that the fit holds out some of both. Its questions are none whose contexts it has read.
+    read = [*passages[: options.passage_texts], *facts[len(facts) - options.fact_texts :]]
+    contexts = [row["sharer_context"] for row in random.Random(options.seed).sample(read, len(read))]
     options.folder.mkdir(parents=True, exist_ok=True)
     write(options.folder / "facts.jsonl", facts)
     write(options.folder / "passages.jsonl", passages)

@@ -1,6 +1,7 @@
 """The examples run, on tiny models, as a user starts them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,25 @@ def test_memory_data_and_passages(pair: tuple[str, str], tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-2000:]
     assert "4 answers, nats per token: right -" in done.stdout
     assert "right over mismatched" in done.stdout and "share of the gain" in done.stdout
+
+    pytest.importorskip("lm_eval", reason=NEEDS)
+    command = [sys.executable, str(EXAMPLES / "memory_report.py"), str(tmp_path / "report"), str(tmp_path / "memory")]
+    command += [str(tmp_path / "again"), "--passages", str(tmp_path / "data" / "passages.jsonl"), "--limit", "6"]
+    shutil.copytree(tmp_path / "memory", tmp_path / "again")
+    tables, written = [], []
+    for _ in range(2):
+        done = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        tables.append(done.stdout.splitlines())
+        written.append([path.stat().st_mtime_ns for path in sorted((tmp_path / "report").rglob("p*.json*"))])
+    assert tables[0] == tables[1]
+    assert len(written[0]) == 4 and written[0] == written[1], "the second call has nothing left to answer"
+    words = [line.split(" | ")[0].strip("| ") for line in tables[0][2:]]
+    assert words[:4] == ["nobody has read it", "the receiver reads it", "the sharer reads it, and answers", words[3]]
+    assert words[3:8] == [word.replace("again", "memory") for word in words[8:]], "both have the same weights"
+    assert [line.split(" | ", 1)[1] for line in tables[0][5:10]] == [
+        line.split(" | ", 1)[1] for line in tables[0][10:]
+    ]
 
 
 def test_evaluate(pair: tuple[str, str], data_dir: Path, tmp_path: Path) -> None:  # noqa: F811

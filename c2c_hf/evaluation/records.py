@@ -61,9 +61,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file whole or not at all."""
-        unfinished = self.path / f".{name}.unfinished"
-        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(self.path / name)
+        write_json(self.path / name, content)
 
     def _read(self) -> list[Record]:
         if not self.predictions.exists():
@@ -85,3 +83,10 @@ class RunFolder:
         if missing:
             raise ValueError(f"{place} lacks {missing}: delete that line, and its item is answered again.")
         return record
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
