@@ -111,14 +111,15 @@ def _failures(records: Sequence[Record]) -> list[str]:
     return ["## Failed items, counted as wrong", "", *listed, ""]
 
 
-def _new_figure(width: float, height: float) -> tuple[Any, Any]:
+def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure and the axes of each column."""
     # Without a display, and without changing the caller's settings as pyplot would.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0]
 
 
 def _accuracies(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -126,30 +127,32 @@ def _accuracies(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _plot_accuracy(folder: Path, metrics: dict[str, Any]) -> str:
+    """Plot a panel for each task, a line for each method; the receiver's accuracy is dashed."""
     results = _accuracies(metrics)
     tasks = list(dict.fromkeys(result["task"] for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
-    figure, axes = _new_figure(1.5 + 0.45 * len(tasks) * (len(methods) + 1), 4)
-    width = 0.8 / len(methods)
-    for place, method in enumerate(methods):
-        rows = {result["task"]: result for result in results if result["method"] == method}
-        shown = [(index, rows[task]) for index, task in enumerate(tasks) if task in rows]
-        values = [100 * row["value"] for _, row in shown]
-        errors = [
-            [max(0.0, value - 100 * row["interval"][0]) for value, (_, row) in zip(values, shown, strict=True)],
-            [max(0.0, 100 * row["interval"][1] - value) for value, (_, row) in zip(values, shown, strict=True)],
-        ]
-        places = [index + (place - (len(methods) - 1) / 2) * width for index, _ in shown]
-        axes.bar(places, values, width, yerr=errors, capsize=2, label=method)
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylabel("accuracy, %, with 95 % interval")
-    axes.legend(fontsize="small")
+    figure, panels = _new_figure(1.5 + 2.5 * len(tasks), 1.2 + 0.25 * len(methods), len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
+        for result in results:
+            if result["task"] != task:
+                continue
+            place, value, interval = methods.index(result["method"]), 100 * result["value"], result["interval"]
+            color = "C1" if result["method"] == "c2c" else "C0"
+            axes.plot([100 * end for end in interval], [place, place], color=color)
+            axes.plot(value, place, "o", color=color)
+            if result["method"] == "receiver":
+                axes.axvline(value, color="0.5", linestyle="--", linewidth=1)
+        axes.set_title(task, fontsize="medium")
+        axes.set_xlabel("accuracy, %, 95 % interval")
+    # All panels have the same methods; the first one stands on top.
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)
     figure.savefig(folder / "accuracy.png", dpi=120)
     return "accuracy.png"
 
 
 def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
-    figure, axes = _new_figure(6, 4)
+    figure, (axes,) = _new_figure(6, 4)
     markers = "osD^vPX*"
     tasks = list(dict.fromkeys(result["task"] for result in _accuracies(metrics)))
     for result in _accuracies(metrics):
@@ -160,6 +163,8 @@ def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
     for index, task in enumerate(tasks):
         axes.plot([], [], markers[index % len(markers)], color=f"C{index}", label=task)
     axes.set_xscale("log")
+    # Room for the names.
+    axes.margins(x=0.2)
     axes.set_xlabel("median seconds per item")
     axes.set_ylabel("accuracy, %")
     axes.legend(fontsize="small")
@@ -170,7 +175,7 @@ def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
 def _plot_abstention(folder: Path, metrics: dict[str, Any]) -> str | None:
     if not metrics.get("abstention"):
         return None
-    figure, axes = _new_figure(6, 4)
+    figure, (axes,) = _new_figure(6, 4)
     for index, found in enumerate(metrics["abstention"]):
         shares, values = zip(*found["curve"], strict=True)
         color, calibrated = f"C{index}", found["calibrated"]
@@ -198,7 +203,7 @@ def _plot_subjects(folder: Path, records: Sequence[Record]) -> str | None:
         [100 * sum(row[m]) / len(row[m]) if m in row else float("nan") for m in methods]
         for row in (cells[subject] for subject in subjects)
     ]
-    figure, axes = _new_figure(3 + 0.6 * len(methods), 1.5 + 0.2 * len(subjects))
+    figure, (axes,) = _new_figure(3 + 0.6 * len(methods), 1.5 + 0.2 * len(subjects))
     image = axes.imshow(values, aspect="auto", vmin=0, vmax=100)
     axes.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
     axes.set_yticks(range(len(subjects)), subjects, fontsize="x-small")
