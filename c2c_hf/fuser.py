@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_c2c import C2CConfig, FuserSizes, LayerShape, layer_mapping
 
-#: How many bytes of hidden states a processor works on at once: what it can hold near itself. All entries together need
-#: as much memory as both models, and a fifth more time for 256 tokens (float32, hidden size 1024, two cores).
+#: How many bytes of hidden states a processor works on at once: what it can hold near itself. All entries together
+#: need as much memory as both models, and a tenth more time for 256 tokens (float32, hidden size 1024, two cores).
 PART_BYTES = 8 * 2**20
 #: What [`Gate.sample_noise`] may draw.
 GATE_NOISES = ("gumbel", "logistic", "none")

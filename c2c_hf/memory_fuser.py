@@ -75,11 +75,11 @@ class MemoryFuser(nn.Module):
         super().__init__()
         #: (num_key_value_heads, key head_dim, value head_dim) of every receiver layer.
         self.receiver_shapes = [(int(heads), int(key), int(value)) for heads, key, value in receiver_shapes]
-        #: The sharer layers that each receiver layer is made from.
         #: Heads x head_dim of every sharer layer's keys, then of every layer's values.
         self.entry_widths = [int(shape[0] * shape[i]) for i in (1, 2) for shape in sharer_shapes]
         shared = config.memory_shared_bottleneck
         count = len(sharer_shapes) if shared else config.memory_source_layers
+        #: The sharer layers that each receiver layer is made from.
         self.sources = source_layers(len(receiver_shapes), len(sharer_shapes), count)
         self.register_buffer("sharer_scales", torch.ones(2 * len(sharer_shapes)))
         self.register_buffer("receiver_scales", torch.ones(2 * len(receiver_shapes)))
@@ -138,13 +138,19 @@ class MemoryFuser(nn.Module):
         states: list[Any] = [None] * num_layers
         shared = None if self.down_proj is None else self.down_proj(self.features(sharer_states, 0))
         for group in self.groups:
-            if shared is None:
+            common = shared
+            if common is None and all(self.sources[i] == self.sources[group.layers[0]] for i in group.layers):
+                common = self.features(sharer_states, group.layers[0])
+            if common is None:
                 features = torch.stack([self.features(sharer_states, layer_idx) for layer_idx in group.layers])
             else:
-                features = shared.expand(len(group.layers), *shared.shape)
-            for layer_idx, made in zip(group.layers, (group(features) * self._sizes(group)).unbind(0), strict=True):
+                features = common.expand(len(group.layers), *common.shape)
+            made = group(features)
+            # Powers of two, which every precision holds.
+            sized = made * self._sizes(group).to(made)
+            for layer_idx, own in zip(group.layers, sized.unbind(0), strict=True):
                 heads, key_dim, value_dim = self.receiver_shapes[layer_idx]
-                keys, values = made.split([heads * key_dim, heads * value_dim], dim=-1)
+                keys, values = own.split([heads * key_dim, heads * value_dim], dim=-1)
                 states[layer_idx] = (keys.unflatten(-1, (heads, key_dim)), values.unflatten(-1, (heads, value_dim)))
         return states
 
