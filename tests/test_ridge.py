@@ -215,3 +215,24 @@ def test_refused() -> None:
     model.config.context_mode = "slice"
     with pytest.raises(ValueError, match="`fit_ridge` needs `context_mode='memory'`"):
         fit_ridge(model, processor, texts(20), progress=False)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_every_layer_has_its_own_map(count: int) -> None:
+    """Also where all of them are made from all sharer layers, and share their features."""
+    model, _ = memory_pair(same=False, memory_source_layers=count)
+    fuser = model.fuser[0]
+    with torch.no_grad():
+        fuser.sharer_scales.copy_(2.0 ** torch.arange(len(fuser.sharer_scales)))
+        fuser.receiver_scales.copy_(2.0 ** torch.arange(len(fuser.receiver_scales)))
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(5, width, generator=generator) for width in fuser.entry_widths]
+    num_layers = len(fuser.receiver_shapes)
+    for group in fuser.groups:
+        for index, layer_idx in enumerate(group.layers):
+            entries = fuser.entries(layer_idx)
+            features = torch.cat([tokens[entry] / fuser.sharer_scales[entry] for entry in entries], -1)
+            expected = features @ group.out_proj.weight[index].T + group.out_proj.bias[index]
+            for kind, own in enumerate(expected.chunk(2, -1)):
+                made = fuser(tokens)[layer_idx][kind].flatten(1)
+                torch.testing.assert_close(made, own * fuser.receiver_scales[kind * num_layers + layer_idx])
