@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import tqdm
 
+from .continuations import continuation_scores
 from .memory_fuser import MemoryFuser
 from .modeling_c2c import C2CForCausalLM
 from .processing_c2c import C2CProcessor
@@ -39,6 +40,7 @@ def stretch_maps(fuser: MemoryFuser, report: RidgeReport, power: float) -> None:
             bias.copy_(mean + (bias - mean) * factors)
 
 
+@torch.no_grad()
 def choose_stretch(
     model: C2CForCausalLM,
     processor: C2CProcessor,
@@ -77,7 +79,7 @@ def choose_stretch(
     def stretch(power: float) -> None:
         for group, parts in zip(fuser.groups, fitted, strict=True):
             for parameter, part in zip(group.out_proj.parameters(), parts, strict=True):
-                parameter.detach().copy_(part)
+                parameter.copy_(part)
         stretch_maps(fuser, report, power)
 
     best: tuple[float, float] | None = None
@@ -96,18 +98,22 @@ def _mean_likelihood(
     model: C2CForCausalLM, processor: C2CProcessor, questions: Sequence[Mapping[str, Any]], batch_size: int
 ) -> float:
     """Return the mean log-likelihood of right choices, each compared with the other choices of its question."""
-    from .evaluation.answering import Query
-    from .evaluation.fused_answering import C2CAnswerer
-
-    answerer, was_training = C2CAnswerer(model, processor), model.training
+    was_training, tokenizer = model.training, processor.tokenizer
     model.eval()
     likelihoods = []
     for start in range(0, len(questions), batch_size):
         rows = questions[start : start + batch_size]
-        queries = [Query(row["question"], context=row["sharer_context"]) for row in rows]
-        scores = answerer.score(queries, [[f" {choice}" for choice in row["choices"]] for row in rows])
-        for row, choices in zip(rows, scores, strict=True):
-            compared = torch.tensor([choice.logprob for choice in choices]).log_softmax(0)
+        prompts, contexts = [row["question"] for row in rows], [row["sharer_context"] for row in rows]
+        inputs: Any = processor(prompts, sharer_context=contexts, padding=True)
+        # Tokenized behind their prompts, where letters may join.
+        lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        continuations = [
+            [tokenizer(f"{row['question']} {choice}")["input_ids"][length:] for choice in row["choices"]]
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        scores = iter(continuation_scores(model, inputs, continuations).logprobs.sum(1).cpu())
+        for row in rows:
+            compared = torch.stack([next(scores) for _ in row["choices"]]).log_softmax(0)
             likelihoods.append(float(compared[row["answer"]]))
     model.train(was_training)
     return statistics.fmean(likelihoods)
