@@ -184,6 +184,26 @@ def test_a_document_of_the_users_own(real_pair, tmp_path, capsys):
     assert main(command) == 1 and "is empty" in capsys.readouterr().err
 
 
+def test_a_fuser_by_the_name_that_the_command_line_knows(monkeypatch, tmp_path):
+    """The package's own by their names, but a folder of that name or other base models come first."""
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "load_shipped", lambda name, **kwargs: asked.append(("shipped", name, kwargs)))
+    for cls in (demo.C2CForCausalLM, demo.C2CProcessor):
+        monkeypatch.setattr(cls, "from_pretrained", lambda name, **kwargs: asked.append(("saved", name, kwargs)))
+    demo.load_fuser("memory", dtype="bfloat16")
+    demo.load_fuser("memory", receiver="another")
+    demo.load_fuser("me/fuser")
+    (tmp_path / "memory").mkdir()
+    demo.load_fuser("memory")
+    assert asked == [
+        ("shipped", "memory", {"dtype": "bfloat16"}),
+        *[("saved", "memory", {"receiver": "another"}), ("saved", "memory", {})],
+        *[("saved", "me/fuser", {})] * 2,
+        *[("saved", "memory", {})] * 2,
+    ]
+
+
 def test_the_general_fuser_answers(real_pair):
     """On the demo's questions the right answer is likelier with it; fused in pieces of a batch as in the batch."""
     model, processor = demo.load_shipped("general", dtype="float32")
