@@ -55,6 +55,7 @@ def _fit(parsed: argparse.Namespace) -> None:
     from .modeling_c2c import C2CForCausalLM
     from .processing_c2c import C2CProcessor
     from .ridge import fit_ridge
+    from .stretching import choose_stretch
 
     if (parsed.receiver is None) != (parsed.sharer is None):
         raise ValueError("give both `--receiver` and `--sharer`, or neither for the pair that installs from PyPI.")
@@ -76,17 +77,19 @@ def _fit(parsed: argparse.Namespace) -> None:
             "memory_hidden_size": parsed.hidden_size,
         }
         model: Any = C2CForCausalLM.from_receiver_and_sharers(loaded[0], loaded[1], **fields)
-        report = fit_ridge(model, processor, texts, max_length=parsed.max_length, questions=questions)
+        report = fit_ridge(model, processor, texts, max_length=parsed.max_length)
         keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
         print(
             f"{count} source layers, {report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens "
             f"{keys:.3f} (keys), {values:.3f} (values)"
-            + (f"; stretched by the power {report.stretch:g}" if questions is not None else "")
         )
         if best is None or keys + values > best[0]:
             best = (keys + values, model, report)
     if best is not None:
         _, model, report = best
+        if questions is not None:
+            # Only what is kept, since stretching answers all questions several times.
+            print(f"Stretched by the power {choose_stretch(model, processor, report, questions):g}.")
         print("layer  keys   values")
         for layer_idx, pair in enumerate(zip(report.r2_keys, report.r2_values, strict=True)):
             print(f"{layer_idx:5}  {pair[0]:5.3f}  {pair[1]:5.3f}")

@@ -46,9 +46,17 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     fuser, document = str(tmp_path / "memory"), tmp_path / "document.txt"
     command = [sys.executable, "-m", "c2c_hf", "fit", str(tmp_path / "texts.jsonl"), "--output", fuser]
     command += ["--receiver", receiver, "--sharer", sharer, "--source-layers", "1", "2", "--max-length", "40"]
+    question = {"sharer_context": TEXT[0], "question": "How many", "choices": ["ships", "cafés"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question), encoding="utf-8")
+    command += ["--questions", str(tmp_path / "questions.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1 source layers" in done.stdout and "2 source layers" in done.stdout and "R2" in done.stdout
+    assert done.stdout.count("Stretched by the power") == 1, "only the one that is kept"
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "How many"}), encoding="utf-8")
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert refused.returncode == 1
+    assert "lacks the columns ['sharer_context', 'choices', 'answer']" in refused.stderr
     document.write_text(TEXT[0], encoding="utf-8")
     command = [sys.executable, str(EXAMPLES / "document_qa.py"), fuser, str(document), "How many ships?"]
     first, second = (

@@ -11,6 +11,7 @@ from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .evaluate import evaluate
 from .intervals import accuracy_interval, paired_difference
+from .metrics import group_records
 from .passages import score_difference, score_passages, share_of_reading
 from .records import write_json
 
@@ -80,11 +81,9 @@ def _facts(
     methods += [] if slice_fuser is None else ["slice"]
     options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "slice_fuser": slice_fuser}
     evaluate(*pair, folder, ["private_facts"], methods, **options)
-    right: dict[str, dict[str, int]] = {}
-    for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        right.setdefault(record["method"], {})[record["id"]] = record["correct"]
-    return {method: [found[item] for item in sorted(found)] for method, found in right.items()}
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    by_method = group_records([json.loads(line) for line in lines])["private_facts"]
+    return {method: [found[item]["correct"] for item in sorted(found)] for method, found in by_method.items()}
 
 
 def _passages(pair: Pair, path: Path, rows: Sequence[Mapping[str, Any]], is_first: bool) -> dict[str, list[float]]:

@@ -83,8 +83,7 @@ def _from_gsm8k(row: Row) -> Row:
 
 
 def _from_longbench(row: Row) -> Row:
-    names = {"question": "input", "context": "context", "answers": "answers"}
-    return {ours: row[theirs] for ours, theirs in names.items()}
+    return {"question": row["input"], "context": row["context"], "answers": row["answers"]}
 
 
 #: The question-answering tasks of LongBench: of one document, and of several.
