@@ -22,15 +22,8 @@ from ._compat import CACHE_ARGUMENT
 from .fuser import StackedLinear
 from .modeling_c2c import C2CForCausalLM
 from .output_head import contiguous_head
-from .prefill import (
-    SharerState,
-    cached_states,
-    full_length_cache,
-    gather_tokens,
-    position_ids_from_mask,
-    prefill,
-    read_text,
-)
+from .prefill import SharerState, cached_states, full_length_cache, position_ids_from_mask, prefill, read_text
+from .token_states import TokenStates
 
 
 @dataclass
@@ -198,8 +191,8 @@ def benchmark_training_step(
     prefill(model.receiver, cache, ids[:, :head], **read)
     states = cached_states(cache)
     rows, places = (index.flatten() for index in torch.meshgrid(*map(torch.arange, (batch_size, head)), indexing="ij"))
-    sharer_tokens = gather_tokens(_read_sharers(model, inputs)[0].entries(), rows, places)
-    receiver_tokens = gather_tokens([keys for keys, _ in states] + [values for _, values in states], rows, places)
+    sharer_tokens = list(TokenStates(_read_sharers(model, inputs)[0].entries(), rows, places))
+    receiver_tokens = list(TokenStates([keys for keys, _ in states] + [values for _, values in states], rows, places))
 
     def step() -> None:
         with autocast:

@@ -4,7 +4,7 @@ A sharer's fuser treats every (layer, keys or values) pair, an *entry*, apart, e
 equal shape are stacked, so that all of them run as a few batched matrix products.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,7 @@ class StackedRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise `(num_entries, num_tokens, hidden_size)` over its last dimension."""
-        # As `rms_norm`, whose power takes a processor twice as long as a square.
-        scale = torch.rsqrt(hidden_states.float().square().mean(-1, keepdim=True) + self.eps)
-        normed = (hidden_states * scale).to(hidden_states.dtype)
+        normed = nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
         # Autograd would want what is overwritten.
         return normed * self.weight.unsqueeze(1) if torch.is_grad_enabled() else normed.mul_(self.weight.unsqueeze(1))
 
@@ -287,28 +285,39 @@ class Fuser(nn.Module):
         self.register_buffer("gate_temperature", torch.tensor(float(config.initial_gate_temperature)))
 
     def forward(
-        self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor]
+        self,
+        sharer_states: Sequence[torch.Tensor],
+        receiver_states: Sequence[torch.Tensor],
+        take: Callable[[int, torch.Tensor], None] | None = None,
     ) -> list[torch.Tensor | None]:
         """Compute how the receiver's states change.
+
+        Entries are read when they are worked on, and given to `take` before others are, so that states need to be
+        there for a few entries at a time only.
 
         Args:
             sharer_states: The sharer's states at the aligned positions, one tensor `(num_tokens, heads * head_dim)`
                 per entry: every layer's keys, then every layer's values.
             receiver_states: The receiver's states at the same tokens, likewise.
+            take: Called with the index of each receiver entry that changes and the change. `None`: they are returned.
 
         Returns:
-            One change per receiver entry, of its shape and dtype; `None` where the gate is shut.
+            One change per receiver entry, of its shape and dtype; `None` where the gate is shut, or `take` has it.
         """
         changes: list[torch.Tensor | None] = [None] * len(receiver_states)
+        first = receiver_states[0]
         for group in self.groups:
             active = [group.entries[i] for i in group.active_entries()]
-            for part in group.parts(*_tokens_and_dtype(receiver_states)):
+            for part in group.parts(*first.shape[:1], first.dtype):
                 entries = active[part]
                 receiver = torch.stack([receiver_states[entry] for entry in entries])
                 sharer = torch.stack([sharer_states[self.sources[entry]] for entry in entries]).to(receiver)
                 change = group(sharer, receiver, self.gate_temperature, part).to(receiver.dtype)
                 for entry, entry_change in zip(entries, change.unbind(0), strict=True):
-                    changes[entry] = entry_change
+                    if take is None:
+                        changes[entry] = entry_change
+                    else:
+                        take(entry, entry_change)
         return changes
 
     def _start_open(self) -> None:
@@ -328,10 +337,6 @@ class Fuser(nn.Module):
             if entry in group.entries:
                 return group, group.entries.index(entry)
         raise IndexError(f"`entry` must be below {2 * self.num_layers}, but got {entry}.")
-
-
-def _tokens_and_dtype(states: Sequence[torch.Tensor]) -> tuple[int, torch.dtype]:
-    return states[0].shape[0], states[0].dtype
 
 
 def _version(parameter: torch.Tensor) -> object:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from .fuser import Fuser
-from .prefill import LayerStates, SharerState, gather_tokens
+from .prefill import LayerStates, SharerState
+from .token_states import TokenStates
 
 
 @dataclass
@@ -110,31 +111,21 @@ def fuse_states(
             `"sequential"`: each sees what the one before it made.
     """
     entries = [keys for keys, _ in receiver_states] + [values for _, values in receiver_states]
-    pending: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]] = []
-    for fuser, state, (rows, positions, sharer_positions) in zip(fusers, sharer_states, tokens, strict=True):
-        if state is None or len(rows) == 0:
-            continue
-        device = fuser.gate_temperature.device
-        sharer_tokens = [t.to(device) for t in gather_tokens(state.entries(), rows, sharer_positions)]
-        receiver_tokens = [t.to(device) for t in gather_tokens(entries, rows, positions)]
-        changes = fuser(sharer_tokens, receiver_tokens)
-        if fusion_mode == "parallel":
-            pending.append((rows, positions, changes))
-        else:
-            _apply(entries, rows, positions, changes)
-    for rows, positions, changes in pending:
-        _apply(entries, rows, positions, changes)
-
-
-def _apply(
-    entries: Sequence[torch.Tensor],
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    changes: Sequence[torch.Tensor | None],
-) -> None:
-    for state, change in zip(entries, changes, strict=True):
-        if change is None:
-            continue
-        index = (rows.to(state.device), positions.to(state.device))
-        tokens = state.transpose(1, 2)
-        tokens[index] = tokens[index] + change.to(state.device).unflatten(-1, tokens.shape[2:])
+    reading = [
+        (
+            fuser,
+            TokenStates(state.entries(), rows, sharer_positions, fuser.gate_temperature.device),
+            TokenStates(entries, rows, positions, fuser.gate_temperature.device),
+        )
+        for fuser, state, (rows, positions, sharer_positions) in zip(fusers, sharer_states, tokens, strict=True)
+        if state is not None and len(rows) > 0
+    ]
+    if fusion_mode == "sequential" or len(reading) == 1:
+        for fuser, sharer_tokens, receiver_tokens in reading:
+            fuser(sharer_tokens, receiver_tokens, receiver_tokens.add)
+        return
+    changes = [fuser(sharer_tokens, receiver_tokens) for fuser, sharer_tokens, receiver_tokens in reading]
+    for (_, _, receiver_tokens), changed in zip(reading, changes, strict=True):
+        for entry, change in enumerate(changed):
+            if change is not None:
+                receiver_tokens.add(entry, change)

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from .fusion import aligned_tokens
 from .memory_fuser import MemoryFuser
-from .prefill import LayerStates, SharerState, cached_states, full_length_cache, gather_tokens, prefill
+from .prefill import LayerStates, SharerState, cached_states, full_length_cache, prefill
 from .rope import Rotation
+from .token_states import TokenStates
 
 #: Per token its batch row, its position in the receiver's text, and its position in the sharer's.
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -178,7 +179,7 @@ def position_free_tokens(
         `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
     """
     entries = state.entries()
-    tokens = gather_tokens(entries, rows, positions)
+    tokens = list(TokenStates(entries, rows, positions))
     places = position_ids[rows.to(position_ids.device), positions.to(position_ids.device)]
     for layer_idx, rotation in enumerate(rotations):
         keys = tokens[layer_idx].unflatten(-1, (entries[layer_idx].shape[1], -1))

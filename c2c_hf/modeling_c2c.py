@@ -14,9 +14,9 @@ from .generation import C2CGenerationMixin
 from .given_states import GivenStates, give_states
 from .memory_pass import C2CMemoryMixin
 from .passes import check_length, join_logits, kept_columns, new_length, slice_inputs
+from .passing_caches import RecordingCache
 from .prefill import (
     LayerStates,
-    RecordingCache,
     SharerState,
     cached_states,
     full_length_cache,
@@ -176,7 +176,10 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         if isinstance(cache, C2CCache) and cache.sharer_states:
             known = cache.sharer_states
         states: list[SharerState | None] = []
-        for sharer, text, length, state in zip(self.sharers, texts, plan.sharer_lengths, known, strict=True):
+        shapes: Any = self.config.sharer_layer_shapes
+        for sharer, text, length, state, layers in zip(
+            self.sharers, texts, plan.sharer_lengths, known, shapes, strict=True
+        ):
             if self.config.fuse_response:
                 length = text.input_ids.shape[1]
             if text.state is not None:
@@ -184,9 +187,8 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
             elif length > 0:
                 check_length("sharers", sharer, length)
                 position_ids = None if text.position_ids is None else text.position_ids[:, :length]
-                state = read_text(
-                    sharer, text.input_ids[:, :length], text.attention_mask[:, :length], position_ids, known=state
-                )
+                ids, mask = text.input_ids[:, :length], text.attention_mask[:, :length]
+                state = read_text(sharer, ids, mask, position_ids, known=state, num_layers=len(layers))
             states.append(state)
         if isinstance(cache, C2CCache):
             cache.sharer_states = states
@@ -209,25 +211,29 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         check_length("receiver", self.receiver, past_length + plan.end)
         if inputs["inputs_embeds"] is None:
             del inputs["inputs_embeds"]
-        keep = plan.end - first_kept if needed else 0
         learns = trains(self.receiver)
+        inputs |= {
+            "logits_to_keep": plan.end - first_kept if needed else 0,
+            "with_gradient": learns,
+            "num_layers": len(self.config.receiver_layer_shapes or ()),
+        }
         if self.config.fuse_response and isinstance(cache, C2CCache):
             if past_length > 0 and cache.clean_cache is None:
                 raise ValueError(
                     "`cache`: with `fuse_response=True` a cache can only be continued if it was filled with response "
                     "fusion from the start, but this one was not; start with an empty one."
                 )
-            logits = prefill(self.receiver, cache.keep_clean(), logits_to_keep=keep, with_gradient=learns, **inputs)
+            logits = prefill(self.receiver, cache.keep_clean(), **inputs)
             states = cached_states(cache.keep_clean())
             return [(k[:, :, past_length:].clone(), v[:, :, past_length:].clone()) for k, v in states], logits
         if past_length == 0:
             scratch = full_length_cache()
-            logits = prefill(self.receiver, scratch, logits_to_keep=keep, with_gradient=learns, **inputs)
+            logits = prefill(self.receiver, scratch, **inputs)
             states = cached_states(scratch)
             # Autograd keeps what attention has read, and fusing changes it in place.
             return [(keys.clone(), values.clone()) for keys, values in states] if learns else states, logits
         recording = RecordingCache(cache.receiver_cache if isinstance(cache, C2CCache) else cache)
-        logits = prefill(self.receiver, recording, logits_to_keep=keep, with_gradient=learns, **inputs)
+        logits = prefill(self.receiver, recording, **inputs)
         return recording.recorded, logits
 
     def _sharer_texts(

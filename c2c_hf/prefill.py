@@ -1,6 +1,6 @@
 """Run a frozen base model over a text and hand out its key/value states."""
 
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from ._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
 from .configuration_c2c import LayerShape
 from .fingerprints import SharerSource, fingerprint, tokenizer_hash
+from .passing_caches import StatesComplete, StoppingCache, may_stop
 from .state_file import StateContent, decode_states, encode_states
 
 #: Key and value states of every cached layer, `(batch_size, num_key_value_heads, seq_len, head_dim)` each.
@@ -42,28 +43,6 @@ def cached_states(cache: Cache) -> LayerStates:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-class RecordingCache(Cache):
-    """Continues a cache without changing it, and keeps the states that come in."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._copied = copy_cache(cache)
-        super().__init__(layers=self._copied.layers)
-        self.recorded: LayerStates = []
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Record the states of this call and return all states of the layer."""
-        # Fusing changes them in place later, and values may be views that autograd would not let it change.
-        self.recorded.append((key_states.clone(), value_states.clone()))
-        return self._copied.update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
 def prefill(
     model: PreTrainedModel,
     cache: Cache,
@@ -72,6 +51,7 @@ def prefill(
     position_ids: torch.Tensor | None = None,
     logits_to_keep: int = 0,
     with_gradient: bool = False,
+    num_layers: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Read a text; its key/value states go into `cache`.
@@ -84,6 +64,9 @@ def prefill(
         position_ids: `(batch_size, seq_len)`, or `None`: left to the model.
         logits_to_keep: Number of last positions whose logits are wanted. 0: none, and the head does not run.
         with_gradient: Whether gradients may flow, which an adapter in training asks for.
+        num_layers: How many layers the model caches. Where neither logits nor gradients are wanted, it stops as soon
+            as the last of them has cached its states: attention and MLP of that layer are wanted by nobody. `None`: it
+            runs to its end, as it does where something is hooked on it or compiled.
         **kwargs: Passed on to the model.
 
     Returns:
@@ -94,7 +77,9 @@ def prefill(
     if logits_to_keep and accepts_argument(model, "logits_to_keep"):
         kwargs["logits_to_keep"] = logits_to_keep
     body = model if logits_to_keep else model.base_model
-    with torch.set_grad_enabled(with_gradient):
+    if num_layers and not logits_to_keep and not with_gradient and may_stop(model):
+        cache = StoppingCache(cache, num_layers)
+    with torch.set_grad_enabled(with_gradient), suppress(StatesComplete):
         outputs = body(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{CACHE_ARGUMENT: cache}, **kwargs
         )
@@ -265,6 +250,7 @@ def read_text(
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     known: SharerState | None = None,
+    num_layers: int | None = None,
 ) -> SharerState:
     """Let a sharer read a text, continuing from the part that it has read before.
 
@@ -274,6 +260,7 @@ def read_text(
         attention_mask: `(batch_size, seq_len)`.
         position_ids: `(batch_size, seq_len)`, or `None`: counted from the mask.
         known: What it has read before, or `None`. From where the texts differ, it reads again.
+        num_layers: See [`prefill`].
 
     Returns:
         The state of the whole text; `known` itself, grown, where there is a common beginning.
@@ -288,19 +275,6 @@ def read_text(
         known.crop(start)
         known.input_ids, known.attention_mask = input_ids, attention_mask
     if start < input_ids.shape[1]:
-        prefill(model, known.cache, input_ids[:, start:], attention_mask, position_ids[:, start:])
+        new = (input_ids[:, start:], attention_mask, position_ids[:, start:])
+        prefill(model, known.cache, *new, num_layers=num_layers)
     return known
-
-
-def gather_tokens(states: Sequence[torch.Tensor], rows: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
-    """Pick tokens out of cached states and flatten their heads.
-
-    Args:
-        states: Tensors `(batch_size, num_heads, seq_len, head_dim)`, possibly on several devices.
-        rows: `(num_tokens,)`, batch rows.
-        positions: `(num_tokens,)`, positions in the sequence.
-
-    Returns:
-        Tensors `(num_tokens, num_heads * head_dim)`.
-    """
-    return [state.transpose(1, 2)[rows.to(state.device), positions.to(state.device)].flatten(1) for state in states]

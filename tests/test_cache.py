@@ -10,7 +10,8 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from c2c_hf import C2CCache
 from c2c_hf._compat import CACHE_ARGUMENT
-from c2c_hf.prefill import RecordingCache, SharerState, cached_states, full_length_cache, gather_tokens, read_text
+from c2c_hf.passing_caches import RecordingCache
+from c2c_hf.prefill import SharerState, cached_states, full_length_cache, read_text
 
 
 def numbered(start: int, length: int, batch: int = 2, shift: float = 0.0) -> torch.Tensor:
@@ -286,10 +287,3 @@ def test_state_of_a_sharer() -> None:
     assert torch.equal(state.attention_mask, state.input_ids % 5)
     for entry in state.entries():
         assert entry[:, 1, :, 3].floor().tolist() == [[100, 101, 102, 103], [100, 101, 102, 103], [0, 1, 2, 3]]
-
-
-def test_gathered_tokens() -> None:
-    rows, positions = torch.tensor([1, 0, 1]), torch.tensor([2, 4, 0])
-    heads = numbered(0, 5) + torch.tensor([0.0, 0.25]).view(1, 2, 1, 1)
-    (tokens,) = gather_tokens([heads], rows, positions)
-    assert tokens.tolist() == [[value] * 8 + [value + 0.25] * 8 for value in (102.0, 4.0, 100.0)]

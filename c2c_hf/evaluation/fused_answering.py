@@ -95,8 +95,9 @@ class C2CAnswerer(Answerer):
         """Let the sharers read first: the model finds in the cache what they have read, and goes on from there."""
         cache = C2CCache(DynamicCache(config=self.c2c_model.receiver.config.get_text_config()))
         texts = zip(inputs["sharer_input_ids"], inputs["sharer_attention_mask"], strict=True)
-        for sharer, (ids, mask) in zip(self.c2c_model.sharers, texts, strict=True):
-            state = read_text(sharer, ids, mask)
+        shapes: Any = self.c2c_model.config.sharer_layer_shapes
+        for sharer, (ids, mask), layers in zip(self.c2c_model.sharers, texts, shapes, strict=True):
+            state = read_text(sharer, ids, mask, num_layers=len(layers))
             self.control.change_state(state, seeds)
             cache.sharer_states.append(state)
         return cache
