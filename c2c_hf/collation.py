@@ -118,6 +118,11 @@ def other_rows(inputs: dict[str, Any]) -> dict[str, Any]:
             if len(read):
                 result[places] = read[torch.arange(len(places), device=read.device) % len(read)]
         alignments.append(mismatched)
+    if "sharer_states" in inputs:
+        order = torch.arange(len(alignments[0])).roll(-1)
+        mixed["sharer_states"] = [state.repeat_interleave(1) for state in inputs["sharer_states"]]
+        for state in mixed["sharer_states"]:
+            state.select_rows(order)
     mixed["sharer_alignment"] = alignments if isinstance(inputs["sharer_alignment"], list) else alignments[0]
     return mixed
 

@@ -9,7 +9,7 @@ import torch
 class TokenStates(Sequence[torch.Tensor]):
     """Views cached states as lists of tokens; nothing is gathered before it is asked for.
 
-    Item `i` is `(num_tokens, num_heads * head_dim)`, entry `i` at the chosen tokens with its heads side by side. It may
+    Item `i` is `(num_tokens, num_heads * head_dim)`: entry `i` at the chosen tokens, its heads side by side. It may
     share memory with the entry.
 
     Args:

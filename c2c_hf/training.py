@@ -15,6 +15,7 @@ from .fuser import Fuser, FuserGroup
 from .modeling_c2c import C2CForCausalLM
 from .output_head import contiguous_head
 from .processing_c2c import C2CProcessor
+from .sharer_store import SharerStore
 from .training_arguments import C2CTrainingArguments
 from .training_checkpoints import STATE_FILE, CheckpointingTrainer
 from .training_losses import choice_losses, guard_loss, shifted
@@ -47,6 +48,7 @@ class C2CTrainer(CheckpointingTrainer):
     Raises:
         TypeError: The model is none of ours.
         ValueError: Nothing to train: `train_fuser=False` without an adapter; or `fused_share_min` in memory mode.
+        ValueError: `sharer_cache_dir` with `fuse_response=True`.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which has no place here.
     """
 
@@ -94,6 +96,8 @@ class C2CTrainer(CheckpointingTrainer):
         )
         # The trainer writes its own `use_cache` into the configuration, where nothing reads it.
         model.config.__dict__.pop("use_cache", None)
+        folder = args.sharer_cache_dir
+        self._store = None if folder is None else SharerStore(folder, model, args.sharer_cache_int8)
         # Those with gates; the maps of memory mode have none.
         self._fusers = [fuser for fuser in model.fuser if isinstance(fuser, Fuser)]
         self._groups: list[FuserGroup] = [group for fuser in self._fusers for group in fuser.groups]
@@ -199,6 +203,8 @@ class C2CTrainer(CheckpointingTrainer):
             ValueError: In training, a loss that is not finite; the message shows the text of the row.
         """
         inputs, labels = dict(inputs), inputs["labels"]
+        if self._store is not None and self.model.fusion_enabled:
+            inputs["sharer_states"] = self._store.states(inputs)
         wrong, wrong_rows = inputs.pop("wrong_answer_ids", None), inputs.pop("wrong_answer_rows", None)
         training = self.model.training
         if training and self.args.fused_share_min < 1.0:  # type: ignore[operator]

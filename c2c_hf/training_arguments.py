@@ -35,6 +35,11 @@ class C2CTrainingArguments(TrainingArguments):
             among all, each scored by its mean log-likelihood per token (the length-normalised loss of arXiv
             2205.05638), one per question, added to the sum over the answer tokens before that is averaged. Needs an
             answer format that tells choices apart, such as `"text"`. 0: off. Default and paper 0.
+        sharer_cache_dir: Folder in which the sharers' states of every row are kept, so that later epochs and runs load
+            them in place of running the sharers; with all of them there the sharers need not be loaded
+            (`load_sharers=False`). A row takes as much space as the sharer's cache of its text: 2 x layers x key/value
+            heads x head_dim x tokens numbers. `None`: nothing is kept.
+        sharer_cache_int8: Keep them in 8 bits.
         train_fuser: Off, the fuser stays as it is and fusion is off: what is left to train is the `peft_config` of
             [`C2CTrainer`], the baseline of a receiver that was tuned on the same data without any sharer.
 
@@ -65,6 +70,8 @@ class C2CTrainingArguments(TrainingArguments):
     fused_share_min: float | None = field(default=None, metadata={"help": "Smallest share of positions that fuse."})
     guard_weight: float | None = field(default=None, metadata={"help": "Weight of the guard loss."})
     choice_weight: float | None = field(default=None, metadata={"help": "Weight of the choice loss."})
+    sharer_cache_dir: str | None = field(default=None, metadata={"help": "Folder for the sharers' states."})
+    sharer_cache_int8: bool = field(default=False, metadata={"help": "Keep these states in 8 bits."})
     train_fuser: bool = field(default=True, metadata={"help": "Off: train the receiver's adapter alone."})
 
     # Optimization

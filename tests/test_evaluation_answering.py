@@ -4,7 +4,10 @@ import pytest
 import torch
 from conftest import close_gates
 from evaluation_for_tests import CHOICES, PROMPTS, pair
+from naive import feed_forward
+from transformers import DynamicCache, PreTrainedModel
 
+from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.evaluation.answering import Answerer, PlainAnswerer, Query, put_in_front
 from c2c_hf.evaluation.controls import Alone
 from c2c_hf.evaluation.fused_answering import C2CAnswerer
@@ -125,6 +128,53 @@ def test_seconds_add_up() -> None:
     assert min(parts) > 0
     assert sum(parts) <= seconds.total
     assert not any(fuser._forward_hooks or fuser._forward_pre_hooks for fuser in answerer.c2c_model.fuser)
+
+
+def naive_gate_weight(answerer: C2CAnswerer, prompt: str) -> float:
+    """The mean weight, one sharer, entry and token at a time."""
+    model, processor = answerer.c2c_model, answerer.processor
+    inputs = processor(prompt)
+    weights: list[float] = []
+
+    def states(base: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+        # Without its configuration the cache keeps what sliding windows would drop.
+        layers = base(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: DynamicCache()})[CACHE_ARGUMENT].layers
+        entries = [layer.keys for layer in layers] + [layer.values for layer in layers]
+        return [entry[0].transpose(0, 1).flatten(1) for entry in entries]
+
+    own = states(model.receiver, inputs["input_ids"])
+    sharers = zip(model.fuser, model.sharers, inputs["sharer_input_ids"], inputs["sharer_alignment"], strict=True)
+    for fuser, sharer, ids, alignment in sharers:
+        lent = states(sharer, ids)
+        for position, read in enumerate(alignment[0].tolist()):
+            for entry in range(2 * fuser.num_layers) if read >= 0 else ():
+                group, row = fuser.locate(entry)
+                part, is_open = group.projector, bool(group.gate.gate_logit[row] > 0)
+                x = torch.cat([lent[fuser.sources[entry]][read], own[entry][position]])
+                x = feed_forward(part.in_proj.weight[row] @ x + part.in_proj.bias[row], part.shared_ffn, row)
+                logits = part.weight_proj.weight[row] @ feed_forward(x, part.weight_ffn, row)
+                weights += (torch.sigmoid(logits + part.weight_proj.bias[row]) * is_open).tolist()
+    return sum(weights) / len(weights)
+
+
+@torch.no_grad()
+def test_gate_weights() -> None:
+    answerer = answerers()["c2c"]
+    answerer.score(QUERIES, CHOICES)
+    found = answerer.gate_weights
+    assert found == pytest.approx([naive_gate_weight(answerer, prompt) for prompt in PROMPTS], abs=1e-5)
+    assert len(set(found)) > 1
+    for index, query in enumerate(QUERIES):
+        answerer.write([query], 2)
+        assert answerer.gate_weights == pytest.approx([found[index]], abs=1e-5)
+    close_gates(answerer.c2c_model)
+    answerer.score(QUERIES, CHOICES)
+    assert answerer.gate_weights == [0.0] * len(QUERIES)
+    answerer.control = Alone()
+    answerer.score(QUERIES, CHOICES)
+    assert answerer.gate_weights == []
+    modules = [module for fuser in answerer.c2c_model.fuser for module in fuser.modules()]
+    assert not any(module._forward_hooks for module in modules)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])

@@ -157,4 +157,20 @@ def test_abstention() -> None:
         ],
         ["receiver", "c2c"],
     )
-    assert [entry["task"] for entry in metrics["abstention"]] == ["arc"]
+    assert [(entry["task"], entry["signal"]) for entry in metrics["abstention"]] == [("arc", "confidence")]
+
+
+@pytest.mark.parametrize("helps", ["wide gates", "narrow gates"])
+def test_abstention_by_gates(helps: str) -> None:
+    """Whether wide gates speak for fusing or against it is found out on the other half of the items."""
+    alone, fused = [1, 0] * 10, [0, 1] * 10
+    weights = [0.3, 0.6] * 10 if helps == "wide gates" else [0.6, 0.3] * 10
+    made = {r["id"]: {**r, "gate_weight": w} for r, w in zip(records("c2c", fused), weights, strict=True)}
+    receiver = {r["id"]: {**r, "confidence": 0.5} for r in records("receiver", alone)}
+    found = abstention(receiver, made, "gate_weight")
+    assert found is not None
+    assert (found["calibrated"]["value"], found["calibrated"]["share_fused"]) == (1.0, 0.5)
+    assert dict(found["curve"])[0.5] == (1.0 if helps == "wide gates" else 0.0)
+    assert abstention(receiver, {r["id"]: r for r in records("c2c", fused)}, "gate_weight") is None
+    metrics = compute_metrics([*receiver.values(), *made.values()], ["receiver", "c2c"])
+    assert [entry["signal"] for entry in metrics["abstention"]] == ["confidence", "gate_weight"]

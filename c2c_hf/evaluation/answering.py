@@ -100,11 +100,14 @@ class Answerer(ABC):
 
     Attributes:
         seconds: Times of the last call.
+        gate_weights: How wide the fusers opened in the last call, see [`~gate_weights.watch_gate_weights`], a number a
+            query; empty where no gate was at work.
         max_length: Longest prompt in tokens, longer ones lose their beginning; `None`: they are refused.
         template_kwargs: Handed to chat templates.
     """
 
     seconds: Seconds = field(default_factory=Seconds, init=False)
+    gate_weights: list[float] = field(default_factory=list, init=False)
     max_length: int | None = field(default=None, init=False)
     template_kwargs: dict[str, Any] = field(default_factory=dict, init=False)
 
@@ -197,7 +200,7 @@ class Answerer(ABC):
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        self.seconds = Seconds()
+        self.seconds, self.gate_weights = Seconds(), []
         start = now()
         with contiguous_head(self.model):
             yield

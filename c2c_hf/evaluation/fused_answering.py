@@ -14,6 +14,7 @@ from ..prefill import position_ids_from_mask, read_text
 from ..processing_c2c import C2CProcessor
 from .answering import Answerer, Inputs, Query, now
 from .controls import Control
+from .gate_weights import watch_gate_weights
 
 
 @dataclass
@@ -88,7 +89,7 @@ class C2CAnswerer(Answerer):
             start = now()
             cache = self._read_sharers(inputs, [query.seed for query in queries])
             self.seconds.sharer = now() - start
-            with self._fusion_timed():
+            with self._fusion_timed(), self._gates_watched(inputs):
                 yield {**inputs, CACHE_ARGUMENT: cache}
 
     def _read_sharers(self, inputs: Inputs, seeds: Sequence[int]) -> C2CCache:
@@ -101,6 +102,16 @@ class C2CAnswerer(Answerer):
             self.control.change_state(state, seeds)
             cache.sharer_states.append(state)
         return cache
+
+    @contextmanager
+    def _gates_watched(self, inputs: Inputs) -> Iterator[None]:
+        config = self.c2c_model.config
+        if config.context_mode == "memory" or config.fuse_response:
+            # There are no gates, or they open anew for every token of the answer.
+            yield
+            return
+        with watch_gate_weights(self.c2c_model, inputs["sharer_alignment"]) as self.gate_weights:
+            yield
 
     @contextmanager
     def _fusion_timed(self) -> Iterator[None]:

@@ -68,6 +68,8 @@ class TextToText:
     reader: PlainAnswerer
     max_new_tokens: int = 256
     seconds: Seconds = field(default_factory=Seconds, init=False)
+    #: No fuser is at work.
+    gate_weights: list[float] = field(default_factory=list, init=False)
 
     def score(self, queries: Sequence[Query], continuations: Sequence[Sequence[str]]) -> list[list[ContinuationScore]]:
         """Let the sharer write about each question, and score continuations behind prompt and background."""

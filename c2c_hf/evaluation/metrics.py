@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .abstention import abstention
+from .abstention import SIGNALS, abstention
 from .intervals import accuracy_interval, paired_difference, performance_gap_recovered
 from .records import Record
 
@@ -63,8 +63,8 @@ def compute_metrics(
     Returns:
         `results`: per task, method and metric its value, interval, number of items, failed and unreadable ones,
         seconds and tokens per item, the difference to the receiver and that of C2C to itself with fusion off;
-        `pairing_gain`: C2C minus mismatched C2C; `performance_gap_recovered`, per task; `abstention`, per task, see
-        [`~abstention.abstention`].
+        `pairing_gain`: C2C minus mismatched C2C; `performance_gap_recovered`, per task; `abstention`, per task
+        and signal, see [`~abstention.abstention`].
     """
     results: list[dict[str, Any]] = []
     gains: list[dict[str, Any]] = []
@@ -103,8 +103,9 @@ def compute_metrics(
         if {"c2c", "mismatched"} <= set(present):
             gains.append({"task": task, **_gain(by_method["c2c"], by_method["mismatched"], "correct", seed)})
         if {"c2c", "receiver"} <= set(present):
-            found = abstention(by_method["receiver"], by_method["c2c"], seed)
-            abstentions += [] if found is None else [{"task": task, **found}]
+            for signal in SIGNALS:
+                found = abstention(by_method["receiver"], by_method["c2c"], signal, seed)
+                abstentions += [] if found is None else [{"task": task, **found}]
         sharers = [value for method, value in accuracies.items() if method.split("_")[0] == "sharer"]
         if {"c2c", "receiver"} <= accuracies.keys() and sharers:
             value = performance_gap_recovered(accuracies["c2c"], accuracies["receiver"], sharers)

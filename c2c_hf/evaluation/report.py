@@ -14,6 +14,9 @@ from .records import Record
 
 logger = logging.getLogger(__name__)
 
+#: How each signal of an abstention decides.
+_DECIDING = {"confidence": "where the receiver is unsure", "gate_weight": "where the gates' weights say so"}
+
 
 def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record]) -> None:
     """Write `report.md`, `accuracy.png`, `latency.png`, for tasks with subjects `subjects.png`, and `abstention.png`.
@@ -55,7 +58,7 @@ def _headline(metrics: dict[str, Any]) -> list[str]:
     for found in metrics.get("abstention", []):
         calibrated = found["calibrated"]
         lines.append(
-            f"Fusing only where the receiver is unsure, {found['task']}: "
+            f"Fusing only {_DECIDING[found['signal']]}, {found['task']}: "
             f"{_percent(calibrated['value'], calibrated['interval'])} with {calibrated['share_fused']:.0%} fused; the "
             f"better of both, item by item, would be {100 * found['oracle']:.1f}.\n"
         )
@@ -179,10 +182,11 @@ def _plot_abstention(folder: Path, metrics: dict[str, Any]) -> str | None:
     for index, found in enumerate(metrics["abstention"]):
         shares, values = zip(*found["curve"], strict=True)
         color, calibrated = f"C{index}", found["calibrated"]
-        axes.plot(100 * np.array(shares), 100 * np.array(values), "-", color=color, label=found["task"])
+        label = f"{found['task']}, {_DECIDING[found['signal']]}"
+        axes.plot(100 * np.array(shares), 100 * np.array(values), "-", color=color, label=label)
         axes.plot(100 * calibrated["share_fused"], 100 * calibrated["value"], "o", color=color)
         axes.axhline(100 * found["oracle"], color=color, linestyle=":", linewidth=1)
-    axes.set_xlabel("share of the questions that fuse, %, the receiver's least sure ones (dot: calibrated)")
+    axes.set_xlabel("share of the questions that fuse, % (dot: calibrated)")
     axes.set_ylabel("accuracy, % (dotted: the better of both, item by item)")
     axes.legend(fontsize="small")
     figure.savefig(folder / "abstention.png", dpi=120)

@@ -89,6 +89,10 @@ def _answer(
             return
         logger.warning("%s, item %s failed and counts as wrong: %s", task.name, items[0].id, error)
         results = [{"prediction": None, "correct": 0, "error": f"{type(error).__name__}: {error}"}]
+    else:
+        if method.gate_weights:
+            for result, gate_weight in zip(results, method.gate_weights, strict=True):
+                result["gate_weight"] = round(gate_weight, 6)
     seconds = {name: round(value / len(items), 6) for name, value in asdict(method.seconds).items()}
     for item, result in zip(items, results, strict=True):
         yield {"id": item.id, "subject": item.subject, "answer": item.answer, **result, "seconds": seconds}
