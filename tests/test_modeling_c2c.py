@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import transformers.masking_utils
 from conftest import PAIRS, close_gates, pad_rows, pair_id, random_ids, tiny_c2c
 from naive import naive_greedy, naive_prefill, own_positions
 from transformers import DynamicCache
 
 from c2c_hf import C2CCache
 from c2c_hf._compat import CACHE_ARGUMENT
+from c2c_hf.fuser import _version
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
@@ -346,3 +348,29 @@ def test_embeddings_in_place_of_ids() -> None:
     torch.testing.assert_close(
         model(inputs_embeds=embeds, sharer_input_ids=ids).logits, model(input_ids=ids).logits, **TOLERANCE
     )
+
+
+@torch.no_grad()
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device numbers cannot be asked for: a forward pass asks for alignments alone, here on the CPU.
+
+    What is queued on a GPU is then never waited for between the models, so that two devices work at once.
+    """
+    # Each model of transformers looks once whether its mask hides anything.
+    monkeypatch.setattr(transformers.masking_utils, "fast_all", lambda mask: True)
+    model = tiny_c2c(sharers=["qwen3", "gemma3"])
+    groups = [group for fuser in model.fuser for group in fuser.groups]
+    opened = [group.gate.open_entries() for group in groups]
+    model.to("meta")
+    for group, entries in zip(groups, opened, strict=True):
+        # Gates are read once, and again when they have changed.
+        group.gate._open = (_version(group.gate.gate_logit), entries)
+    ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    columns = torch.arange(9)
+    alignment = columns.masked_fill(columns == 8, -1).expand(2, -1)
+    inputs = {"input_ids": ids, "sharer_input_ids": [ids, ids], "sharer_alignment": [alignment, alignment]}
+    outputs = model(**inputs, logits_to_keep=1)
+    assert (outputs.logits.shape, outputs.logits.device.type) == ((2, 1, 96), "meta")
+    assert outputs[CACHE_ARGUMENT].get_seq_length() == 9
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        model(**{**inputs, "sharer_alignment": [alignment.to("meta")] * 2})
