@@ -152,9 +152,15 @@ def _decode(model: C2CForCausalLM, setting: dict[str, Any], rounds: int) -> dict
 
 def _training(model: C2CForCausalLM, setting: dict[str, Any], rounds: int) -> dict[str, Any]:
     timed = benchmark_training_step(model, PROMPT, ANSWER, setting["batch_size"], rounds)
-    ratios = {"over_floor": timed.ratio("step", "receiver", "sharers", "fuser", "answer")}
+    ratios = {
+        "over_floor": timed.ratio("step", "receiver", "sharers", "fuser", "answer"),
+        "stored_over_step": timed.ratio("stored", "step"),
+    }
     parts = ", ".join(f"{name} {_milliseconds(timed, name)}" for name in ("receiver", "sharers", "fuser", "answer"))
-    words = f"{_milliseconds(timed, 'step')} = {ratios['over_floor']:.3f} x floor; {parts}"
+    words = (
+        f"{_milliseconds(timed, 'step')} = {ratios['over_floor']:.3f} x floor; {parts}; with the sharers' states from "
+        f"a disk {ratios['stored_over_step']:.3f} x that"
+    )
     return _result("training", setting, timed, ratios, words)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .fuser import StackedLinear
 from .modeling_c2c import C2CForCausalLM
 from .output_head import contiguous_head
 from .prefill import SharerState, cached_states, full_length_cache, position_ids_from_mask, prefill, read_text
+from .sharer_store import SharerStore
 from .token_states import TokenStates
 
 
@@ -172,8 +174,9 @@ def benchmark_training_step(
 ) -> Rounds:
     """Time a training `step` without its optimizer, and the parts of its floor.
 
-    `receiver` and `sharers` read the prompt without gradient; `fuser` runs forward and backward on it; `answer`
-    is the receiver's forward and backward over the answer, behind a cache that takes gradients.
+    `stored` is the step with the sharers' states from a disk (`sharer_cache_dir`). `receiver` and `sharers` read the
+    prompt without gradient; `fuser` runs forward and backward on it; `answer` is the receiver's forward and backward
+    over the answer, behind a cache that takes gradients.
     """
     inputs = random_prompt(model, prompt_length + answer_length, batch_size)
     columns = torch.arange(prompt_length + answer_length, device=model.device)
@@ -194,9 +197,10 @@ def benchmark_training_step(
     sharer_tokens = list(TokenStates(_read_sharers(model, inputs)[0].entries(), rows, places))
     receiver_tokens = list(TokenStates([keys for keys, _ in states] + [values for _, values in states], rows, places))
 
-    def step() -> None:
+    def step(**given: Any) -> None:
         with autocast:
-            model(**inputs, labels=labels, logits_to_keep=answer_length + 1, use_cache=False).loss.backward()
+            kwargs: dict[str, Any] = {"logits_to_keep": answer_length + 1, "use_cache": False, **given}
+            model(**inputs, labels=labels, **kwargs).loss.backward()
         model.fuser.zero_grad()
 
     def fuser() -> None:
@@ -218,16 +222,17 @@ def benchmark_training_step(
             ).logits
             model.loss_function(logits=logits, labels=labels[:, head:], vocab_size=logits.shape[-1]).backward()
 
-    return time_in_turn(
-        {
+    with TemporaryDirectory() as folder:
+        store = SharerStore(folder, model)
+        functions: dict[str, Callable[[], Any]] = {
             "step": step,
+            "stored": lambda: step(sharer_states=store.states(inputs)),
             "receiver": lambda: prefill(model.receiver, full_length_cache(), ids[:, :head], **read),
             "sharers": lambda: _read_sharers(model, inputs),
             "fuser": fuser,
             "answer": answer,
-        },
-        rounds,
-    )
+        }
+        return time_in_turn(functions, rounds)
 
 
 @torch.no_grad()

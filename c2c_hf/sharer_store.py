@@ -63,7 +63,7 @@ class SharerStore:
         if missing:
             self._read(index, ids[missing], mask[missing], [paths[row] for row in missing])
         rows = [_load(path) for path in paths]
-        cache, reals = full_length_cache(), mask.bool().to(self._model.device)
+        cache, real = full_length_cache(), mask.bool().cpu()
         for layer_idx in range(len(rows[0])):
             pair = []
             for kind in (0, 1):
@@ -71,8 +71,8 @@ class SharerStore:
                 heads, _, head_dim = states[0].shape[1:]
                 # Nobody reads what stands at padding, but it must be finite.
                 batch = torch.zeros(len(ids), mask.shape[1], heads, head_dim, dtype=states[0].dtype)
-                batch[mask.bool().cpu()] = torch.cat([state[0].transpose(0, 1) for state in states])
-                pair.append(batch.transpose(1, 2).to(reals.device))
+                batch[real] = torch.cat([state[0].transpose(0, 1) for state in states])
+                pair.append(batch.transpose(1, 2).to(self._model.device))
             cache.update(*pair, layer_idx)
         return SharerState(ids, mask, cache, self._sources[index])
 

@@ -61,7 +61,7 @@ def test_parts_are_those_of_the_whole() -> None:
     assert set(timed.seconds) == {"fused", "receiver", "sharers", "fuser"}
     assert all(second > 0 for seconds in timed.seconds.values() for second in seconds)
     timed = benchmark_training_step(model.train(), 8, 4, 2, rounds=1)
-    assert set(timed.seconds) == {"step", "receiver", "sharers", "fuser", "answer"}
+    assert set(timed.seconds) == {"step", "stored", "receiver", "sharers", "fuser", "answer"}
     assert all(parameter.grad is None for parameter in model.parameters()), "nothing is left behind"
     memory = peak_memory(model.eval(), 8, 2)
     if memory is not None:
