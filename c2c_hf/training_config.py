@@ -25,6 +25,7 @@ class ModelArguments:
         sharers: Hub ids or folders of the models that lend their states.
         demo_pair: Train the pair that installs from PyPI, SmolLM2-135M-Instruct and Gemma 3 270M.
         fuser: Hub id or folder of a fuser to go on with; it names its base models.
+        load_sharers: Off, the sharers of that fuser stay on their disk: what they have read is in `sharer_cache_dir`.
         dtype: Precision of the base models; the fuser stays in float32.
         attn_implementation: Of the base models.
         device_map: Placement of each base model.
@@ -46,13 +47,14 @@ class ModelArguments:
         lora_target_modules: Names of the layers that get one; default every linear layer.
 
     Raises:
-        ValueError: No pair is named, or two are.
+        ValueError: No pair is named, or two are; or `load_sharers: false` without a fuser.
     """
 
     receiver: str | None = None
     sharers: list[str] | None = None
     demo_pair: bool = False
     fuser: str | None = None
+    load_sharers: bool = True
     dtype: str = "float32"
     attn_implementation: str | None = None
     device_map: str | None = None
@@ -80,6 +82,8 @@ class ModelArguments:
         named = [bool(self.receiver and self.sharers), self.demo_pair, bool(self.fuser)]
         if sum(named) != 1:
             raise ValueError("Name one pair: `receiver` and `sharers`, or `fuser`, or `demo_pair: true`.")
+        if not self.load_sharers and not self.fuser:
+            raise ValueError("`load_sharers: false` needs a `fuser`, which knows the shapes of its sharers.")
 
     def load(self, demo_pair: tuple[str, str] | None = None) -> tuple[C2CForCausalLM, C2CProcessor]:
         """Build or load the pair.
@@ -94,7 +98,7 @@ class ModelArguments:
         }
         model: Any
         if self.fuser is not None:
-            model = C2CForCausalLM.from_pretrained(self.fuser, **base_kwargs)
+            model = C2CForCausalLM.from_pretrained(self.fuser, load_sharers=self.load_sharers, **base_kwargs)
             return model, C2CProcessor.from_pretrained(self.fuser)
         pair: Any = (self.receiver, self.sharers) if demo_pair is None else demo_pair
         names = (

@@ -5,11 +5,14 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_c2c
-from test_training import QUESTIONS, base_models, fuser_weights, losses, make_model, make_trainer
-from test_training_data import chat_rows, make_processor
+from safetensors.torch import load_file
+from test_training import QUESTIONS, base_models, fuser_weights, losses, make_model, make_trainer, save_pair
+from test_training_data import chat_rows, make_processor, write_rows
 
 from c2c_hf import C2CDataCollator, C2CForCausalLM
+from c2c_hf.cli import main
 from c2c_hf.prefill import cached_states
 from c2c_hf.sharer_store import SharerStore
 from c2c_hf.training_data import prepare_dataset
@@ -85,6 +88,30 @@ def test_training_is_the_same_and_goes_on_without_the_sharers(tmp_path: Path) ->
         for name, value in results[0][1].items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-3, msg=name)
     assert len(set(results[0][0])) > 1
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """One run fills the folder, the next goes on from its fuser without the sharer, whose weights may be gone."""
+    receiver, sharer = save_pair(tmp_path)
+    shared: dict[str, Any] = {
+        "train_data": [write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in QUESTIONS])],
+        "sharer_cache_dir": str(tmp_path / "states"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+    }
+    first = {"receiver": receiver, "sharers": [sharer], "fuser_hidden_size": 8, "fuser_intermediate_size": 8}
+    second = {"fuser": str(tmp_path / "first"), "load_sharers": False}
+    for name, pair in (("first", first), ("second", second)):
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump({**pair, **shared, "output_dir": str(tmp_path / name)}))
+        assert main(["train", str(config)]) == 0
+        assert len(list((tmp_path / "states").rglob("*.safetensors"))) == len(QUESTIONS)
+        (Path(sharer) / "model.safetensors").unlink(missing_ok=True)
+    trained = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
+    assert trained[0].keys() == trained[1].keys()
+    assert any(not torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
 def test_a_missing_row_needs_its_sharer(tmp_path: Path) -> None:

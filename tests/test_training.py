@@ -512,15 +512,19 @@ def _killed(output_dir: str) -> None:
 # ---------------------------------------------------------------------- the command line
 
 
-@pytest.fixture
-def saved_pair(tmp_path: Path) -> tuple[str, str]:
+def save_pair(folder: Path) -> tuple[str, str]:
     folders = []
     for index, model in enumerate(base_models()):
         tokenizer = [PROCESSOR.tokenizer, *PROCESSOR.sharer_tokenizers][index]
-        folders.append(str(tmp_path / f"base_{index}"))
+        folders.append(str(folder / f"base_{index}"))
         model.save_pretrained(folders[-1])
         tokenizer.save_pretrained(folders[-1])
     return folders[0], folders[1]
+
+
+@pytest.fixture
+def saved_pair(tmp_path: Path) -> tuple[str, str]:
+    return save_pair(tmp_path)
 
 
 def test_command_line(tmp_path: Path, saved_pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -588,6 +592,7 @@ def test_config_files(tmp_path: Path) -> None:
         ("- a", "must hold `field: value` lines"),
         ("learning_rate: fast\ndemo_pair: true", "learning_rate.*'fast'"),
         ("max_steps: 1", "Name one pair"),
+        ("demo_pair: true\nload_sharers: false", "`load_sharers: false` needs a `fuser`"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
