@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from ._compat import CACHE_ARGUMENT
 from .fuser import StackedLinear
@@ -135,38 +135,39 @@ def benchmark_prefill(model: C2CForCausalLM, length: int, batch_size: int, round
     )
 
 
+class _TokenClock(StoppingCriteria):
+    """Notes when each token is there, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        _synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def benchmark_decode(model: C2CForCausalLM, length: int, new_tokens: int = 16, rounds: int = 5) -> Rounds:
-    """Time `new_tokens` decoding steps behind a prompt, `fused` and by the `receiver` itself.
+    """Time a decoding step behind a prompt, `fused` and by the `receiver` itself, from the first token on.
 
-    Each generates once with a single new token and once with more, so that what is left is decoding.
+    A round's number is the mean of `new_tokens` steps.
     """
     inputs = random_prompt(model, length, 1)
     plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-    def decode(generating: Any, prompt: dict[str, torch.Tensor], count: int) -> Callable[[], Any]:
-        options = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
-        return lambda: generating.generate(**prompt, **options)
-
-    timed = time_in_turn(
-        {
-            f"{name} {count}": decode(generating, prompt, count)
-            for count in (1, new_tokens + 1)
-            for name, generating, prompt in (("fused", model, inputs), ("receiver", model.receiver, plain))
-        },
-        rounds,
-    )
-    return Rounds(
-        {
-            name: [
-                max(long - short, 1e-9) / new_tokens
-                for long, short in zip(
-                    timed.seconds[f"{name} {new_tokens + 1}"], timed.seconds[f"{name} 1"], strict=True
-                )
-            ]
-            for name in ("fused", "receiver")
-        }
-    )
+    count = new_tokens + 1
+    options = {"do_sample": False, "min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+    both: tuple[tuple[str, Any, dict[str, torch.Tensor]], ...]
+    both = (("fused", model, inputs), ("receiver", model.receiver, plain))
+    seconds: dict[str, list[float]] = {"fused": [], "receiver": []}
+    # The first round warms up.
+    for number in range(1 + rounds):
+        for name, generating, prompt in both:
+            clock = _TokenClock()
+            generating.generate(**prompt, stopping_criteria=StoppingCriteriaList([clock]), **options)
+            if number > 0:
+                seconds[name].append((clock.times[-1] - clock.times[0]) / new_tokens)
+    return Rounds(seconds)
 
 
 def benchmark_training_step(
