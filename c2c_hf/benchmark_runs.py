@@ -97,6 +97,8 @@ def run_benchmark(
         # Equal lengths, each position reading its own: what is timed does not depend on the vocabularies.
         model = C2CForCausalLM.from_receiver_and_sharers(models[0], models[1], token_alignment="span", **sizes)
         open_gates(model)
+        # As at inference: one copy of its weights.
+        model.fuser.to(dtype)
         setting = {"pair": pair, "hidden_size": hidden_size, "dtype": dtype_name}
         for batch_size in batch_sizes:
             for length in lengths:
@@ -106,9 +108,9 @@ def run_benchmark(
                 if "decode" in parts and batch_size == 1:
                     yield _decode(model, here, rounds)
             if "training" in parts:
-                model.train()
+                model.train().fuser.float()
                 yield _training(model, {**setting, "length": PROMPT, "batch_size": batch_size}, rounds)
-                model.eval()
+                model.eval().fuser.to(dtype)
     if "alignment" in parts and pair == "demo":
         yield _alignment(rounds)
     if "memory" in parts:

@@ -207,7 +207,8 @@ class C2CPreTrainedModel(C2CSavingMixin):
             sharers: The same for the sharers.
             receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
             sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
-            dtype: Precision of the base models; the fuser stays in float32 and computes in the receiver's.
+            dtype: Precision of the base models; the fuser stays in float32 and computes in the receiver's. For
+                inference alone, `model.fuser.to(dtype)` spares a second copy of its weights and changes no result.
             device_map: Placement of each base model.
             attn_implementation: Attention of the base models, such as `"flash_attention_2"`.
             verify_base_models: Compare the base models' weights and revisions with those recorded; of quantized ones,
