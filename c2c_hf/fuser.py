@@ -305,19 +305,17 @@ class Fuser(nn.Module):
             One change per receiver entry, of its shape and dtype; `None` where the gate is shut, or `take` has it.
         """
         changes: list[torch.Tensor | None] = [None] * len(receiver_states)
+        take = changes.__setitem__ if take is None else take
         first = receiver_states[0]
         for group in self.groups:
             active = [group.entries[i] for i in group.active_entries()]
-            for part in group.parts(*first.shape[:1], first.dtype):
+            for part in group.parts(len(first), first.dtype):
                 entries = active[part]
                 receiver = torch.stack([receiver_states[entry] for entry in entries])
                 sharer = torch.stack([sharer_states[self.sources[entry]] for entry in entries]).to(receiver)
                 change = group(sharer, receiver, self.gate_temperature, part).to(receiver.dtype)
                 for entry, entry_change in zip(entries, change.unbind(0), strict=True):
-                    if take is None:
-                        changes[entry] = entry_change
-                    else:
-                        take(entry, entry_change)
+                    take(entry, entry_change)
         return changes
 
     def _start_open(self) -> None:

@@ -12,7 +12,7 @@ from ._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
 from .configuration_c2c import LayerShape
 from .fingerprints import SharerSource, fingerprint, tokenizer_hash
 from .passing_caches import StatesComplete, StoppingCache, may_stop
-from .state_file import StateContent, decode_states, encode_states
+from .state_file import StateContent, decode_states, encode_states, write_whole
 
 #: Key and value states of every cached layer, `(batch_size, num_key_value_heads, seq_len, head_dim)` each.
 LayerStates = list[tuple[torch.Tensor, torch.Tensor]]
@@ -190,7 +190,7 @@ class SharerState:
             StateContent(self.input_ids, self.attention_mask, layers, self.source or SharerSource()), int8
         )
         if path is not None:
-            Path(path).write_bytes(data)
+            write_whole(Path(path), data)
         return data
 
     @classmethod

@@ -1,6 +1,5 @@
 """What frozen sharers have read of a training set, kept on disk: they read every row once, whatever the epochs."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from .collation import SHARER_COLUMNS, as_list
 from .fingerprints import SharerSource, text_hash
 from .modeling_c2c import C2CForCausalLM
 from .prefill import SharerState, cached_states, full_length_cache, read_text
-from .state_file import StateContent, decode_states, encode_states
+from .state_file import StateContent, decode_states, encode_states, write_whole
 
 
 class SharerStore:
@@ -57,13 +56,13 @@ class SharerStore:
         return [self._batch(index, *text) for index, text in enumerate(zip(ids, masks, strict=True))]
 
     def _batch(self, index: int, ids: torch.Tensor, mask: torch.Tensor) -> SharerState:
-        texts = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
-        paths = [self._path(index, text) for text in texts]
+        real = mask.bool()
+        paths = [self._path(index, row[kept]) for row, kept in zip(ids, real, strict=True)]
         missing = [row for row, path in enumerate(paths) if not path.is_file()]
         if missing:
             self._read(index, ids[missing], mask[missing], [paths[row] for row in missing])
         rows = [_load(path) for path in paths]
-        cache, real = full_length_cache(), mask.bool().cpu()
+        cache, real = full_length_cache(), real.cpu()
         for layer_idx in range(len(rows[0])):
             pair = []
             for kind in (0, 1):
@@ -88,17 +87,15 @@ class SharerStore:
                 f"`sharer_cache_dir`: {len(paths)} rows of this batch are not in {str(self._folders[index])!r}, and "
                 "their sharer was left out (`load_sharers=False`); load it, or fill the folder with it first."
             )
-        layers = cached_states(read_text(sharer, ids, mask).cache)
+        shapes: Any = self._model.config.sharer_layer_shapes
+        layers = cached_states(read_text(sharer, ids, mask, num_layers=len(shapes[index])).cache)
         for row, path in enumerate(paths):
             real = mask[row].bool()
             kept, text = real.to(layers[0][0].device), ids[row][real][None]
             states = [(keys[row, :, kept][None], values[row, :, kept][None]) for keys, values in layers]
             content = StateContent(text, torch.ones_like(text), states, self._sources[index])
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Whole or not at all, also beside other processes.
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_bytes(encode_states(content, self._int8))
-            part.replace(path)
+            write_whole(path, encode_states(content, self._int8))
 
 
 def _load(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """What a sharer has read, as safetensors: a file or a message from one machine to another."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,13 @@ def encode_states(content: StateContent, int8: bool = False) -> bytes:
         **{field: value for field, value in content.source._asdict().items() if value is not None},
     }
     return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also beside other processes that write it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def decode_states(data: bytes | str | Path) -> StateContent:

@@ -20,20 +20,28 @@ def feed_forward(x: torch.Tensor, part: torch.nn.Module, row: int) -> torch.Tens
     return x + linear(hidden, part.down_proj.weight[row])
 
 
-def naive_change(fuser: torch.nn.Module, entry: int, sharer: torch.Tensor, receiver: torch.Tensor) -> torch.Tensor:
-    """The change of one token's states of one layer, keys or values: two flat vectors in, one out."""
+def hidden_and_weight(
+    fuser: torch.nn.Module, entry: int, sharer: torch.Tensor, receiver: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What feeds the last layers of an entry's projector, and each head's weight, 0 behind a shut gate."""
     group, row = fuser.locate(entry)
-    if group.gate.gate_logit[row] <= 0:
-        return torch.zeros_like(receiver)
     part = group.projector
     x = linear(torch.cat([sharer, receiver]), part.in_proj.weight[row], part.in_proj.bias[row])
     x = feed_forward(x, part.shared_ffn, row)
     weight = linear(feed_forward(x, part.weight_ffn, row), part.weight_proj.weight[row], part.weight_proj.bias[row])
+    return x, torch.sigmoid(weight) * (group.gate.gate_logit[row] > 0)
+
+
+def naive_change(fuser: torch.nn.Module, entry: int, sharer: torch.Tensor, receiver: torch.Tensor) -> torch.Tensor:
+    """The change of one token's states of one layer, keys or values: two flat vectors in, one out."""
+    group, row = fuser.locate(entry)
+    part = group.projector
+    x, weight = hidden_and_weight(fuser, entry, sharer, receiver)
     for block in part.feature_ffns:
         x = feed_forward(x, block, row)
     projection = linear(x, part.out_proj.weight[row], part.out_proj.bias[row])
     heads = projection.view(len(weight), -1)
-    return torch.cat([torch.sigmoid(w) * head for w, head in zip(weight, heads, strict=True)])
+    return torch.cat([w * head for w, head in zip(weight, heads, strict=True)])
 
 
 def read(model: torch.nn.Module, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import close_gates
 from evaluation_for_tests import CHOICES, PROMPTS, pair
-from naive import feed_forward
+from naive import hidden_and_weight
 from transformers import DynamicCache, PreTrainedModel
 
 from c2c_hf._compat import CACHE_ARGUMENT
@@ -148,12 +148,8 @@ def naive_gate_weight(answerer: C2CAnswerer, prompt: str) -> float:
         lent = states(sharer, ids)
         for position, read in enumerate(alignment[0].tolist()):
             for entry in range(2 * fuser.num_layers) if read >= 0 else ():
-                group, row = fuser.locate(entry)
-                part, is_open = group.projector, bool(group.gate.gate_logit[row] > 0)
-                x = torch.cat([lent[fuser.sources[entry]][read], own[entry][position]])
-                x = feed_forward(part.in_proj.weight[row] @ x + part.in_proj.bias[row], part.shared_ffn, row)
-                logits = part.weight_proj.weight[row] @ feed_forward(x, part.weight_ffn, row)
-                weights += (torch.sigmoid(logits + part.weight_proj.bias[row]) * is_open).tolist()
+                _, weight = hidden_and_weight(fuser, entry, lent[fuser.sources[entry]][read], own[entry][position])
+                weights += weight.tolist()
     return sum(weights) / len(weights)
 
 

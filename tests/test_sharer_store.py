@@ -67,10 +67,7 @@ def test_eight_bits_are_near(tmp_path: Path) -> None:
 
 def test_training_is_the_same_and_goes_on_without_the_sharers(tmp_path: Path) -> None:
     """With choice of spans and guard loss, which roll texts from row to row; then by a pair without its sharer."""
-    receiver, sharer = base_models()
-    for name, base in (("receiver", receiver), ("sharer", sharer)):
-        base.save_pretrained(tmp_path / name)
-    names = (str(tmp_path / "receiver"), str(tmp_path / "sharer"))
+    names = save_pair(tmp_path)
     sizes = {"fuser_hidden_size": 16, "fuser_intermediate_size": 24, "fuser_dropout": 0.0, "token_alignment": "span"}
     torch.manual_seed(7)
     model = C2CForCausalLM.from_receiver_and_sharers(*names, **sizes)
@@ -115,12 +112,10 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_a_missing_row_needs_its_sharer(tmp_path: Path) -> None:
-    receiver, sharer = base_models()
-    receiver.save_pretrained(tmp_path / "receiver")
-    sharer.save_pretrained(tmp_path / "sharer")
-    C2CForCausalLM.from_receiver_and_sharers(
-        str(tmp_path / "receiver"), str(tmp_path / "sharer"), token_alignment="span", fuser_hidden_size=8
-    ).save_pretrained(tmp_path / "fuser")
+    names = save_pair(tmp_path)
+    C2CForCausalLM.from_receiver_and_sharers(*names, token_alignment="span", fuser_hidden_size=8).save_pretrained(
+        tmp_path / "fuser"
+    )
     model = C2CForCausalLM.from_pretrained(tmp_path / "fuser", load_sharers=False)
     with pytest.raises(ValueError, match="8 rows of this batch are not in .* their sharer was left out"):
         SharerStore(tmp_path / "states", model).states(batch())

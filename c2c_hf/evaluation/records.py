@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..state_file import write_whole
+
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
@@ -87,6 +89,4 @@ class RunFolder:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
