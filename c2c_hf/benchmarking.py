@@ -20,11 +20,11 @@ import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from ._compat import CACHE_ARGUMENT
-from .fuser import StackedLinear
 from .modeling_c2c import C2CForCausalLM
 from .output_head import contiguous_head
 from .prefill import SharerState, cached_states, full_length_cache, position_ids_from_mask, prefill, read_text
 from .sharer_store import SharerStore
+from .stacked_layers import StackedLinear
 from .token_states import TokenStates
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_c2c import C2CConfig, LayerShape, layer_mapping
-from .fuser import StackedLinear, StackedRMSNorm
+from .stacked_layers import StackedLinear, StackedRMSNorm
 
 
 def source_layers(num_receiver_layers: int, num_sharer_layers: int, count: int) -> list[list[int]]:

@@ -124,7 +124,8 @@ class C2CMemoryMixin(ReceivingMixin):
     ) -> LayerStates:
         """Return the receiver's states at slots and at the tokens in front of them, 0 elsewhere."""
         receiver_rotations, *sharer_rotations = self.rotations()
-        sharer_states = self._read_texts(plan, texts, cache)
+        self._read_texts(texts, plan.sharer_lengths, cache)
+        sharer_states = [text.state for text in texts]
         positions = [
             position_ids_from_mask(text.attention_mask) if text.position_ids is None else text.position_ids
             for text in texts

@@ -1,5 +1,7 @@
 """`C2CForCausalLM`: a receiver that answers from its own cache, fused with what frozen sharers have read."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from .prefill import (
     full_length_cache,
     position_ids_from_mask,
     prefill,
-    read_text,
 )
 from .pretrained_c2c import C2CPreTrainedModel
+from .side_by_side import Reading, side_by_side
 from .texts import (
     PerSharer,
     SharerText,
@@ -159,8 +161,9 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         if self.config.fuse_response and not isinstance(own_cache, C2CCache):
             own_cache = C2CCache(own_cache)
 
-        sharer_states = self._read_texts(plan, texts, own_cache)
-        states, clean_logits = self._clean_states(plan, receiver_inputs, own_cache, first_kept)
+        receiving = partial(self._clean_states, plan, receiver_inputs, own_cache, first_kept)
+        states, clean_logits = self._read_texts(texts, plan.sharer_lengths, own_cache, (self.receiver, receiving))
+        sharer_states = [text.state for text in texts]
         fuse_states(self.fuser, sharer_states, states, plan.tokens, self.config.fusion_mode)
 
         substituted = plan.substituted(seq_len)
@@ -170,29 +173,32 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         returned = None if use_cache is False else own_cache
         return self._output(logits, outputs, returned, labels, logits_to_keep, kwargs)
 
-    def _read_texts(self, plan: FusionPlan, texts: list[SharerText], cache: Cache) -> list[SharerState | None]:
-        """Let every sharer read as far as the receiver draws on it; a [`C2CCache`] remembers what it read."""
+    def _read_texts(
+        self, texts: list[SharerText], lengths: Sequence[int], cache: Cache, beside: Reading | None = None
+    ) -> Any:
+        """Let every sharer read its text as far as `lengths` says, into the text's `state`.
+
+        A [`C2CCache`] remembers what they read. `beside`, the receiver's own reading, may go on at the same time; what
+        it returns is returned.
+        """
         known: list[SharerState | None] = [None] * len(texts)
         if isinstance(cache, C2CCache) and cache.sharer_states:
             known = cache.sharer_states
-        states: list[SharerState | None] = []
         shapes: Any = self.config.sharer_layer_shapes
-        for sharer, text, length, state, layers in zip(
-            self.sharers, texts, plan.sharer_lengths, known, shapes, strict=True
-        ):
+        readings = [] if beside is None else [beside]
+        for sharer, text, length, state, layers in zip(self.sharers, texts, lengths, known, shapes, strict=True):
+            if text.state is not None:
+                continue
+            text.state = state
             if self.config.fuse_response:
                 length = text.input_ids.shape[1]
-            if text.state is not None:
-                state = text.state
-            elif length > 0:
+            if length > 0:
                 check_length("sharers", sharer, length)
-                position_ids = None if text.position_ids is None else text.position_ids[:, :length]
-                ids, mask = text.input_ids[:, :length], text.attention_mask[:, :length]
-                state = read_text(sharer, ids, mask, position_ids, known=state, num_layers=len(layers))
-            states.append(state)
+                readings.append((sharer, partial(text.read, sharer, length, len(layers))))
+        results = side_by_side(readings, texts[0].alignment.numel())
         if isinstance(cache, C2CCache):
-            cache.sharer_states = states
-        return states
+            cache.sharer_states = [text.state for text in texts]
+        return None if beside is None else results[0]
 
     def _clean_states(
         self, plan: FusionPlan, receiver_inputs: dict[str, Any], cache: Cache, first_kept: int

@@ -57,9 +57,14 @@ class StoppingCache(Cache):
         return states
 
 
-def may_stop(model: PreTrainedModel) -> bool:
-    """Say whether a forward pass may end in the middle: nothing is hooked on it, patched or compiled."""
+def is_untouched(model: PreTrainedModel) -> bool:
+    """Say whether nothing is hooked on a model, patched or compiled: how and where it runs is nobody's business.
+
+    Its head is left out, which does not run where only states are wanted.
+    """
+    head = model.get_output_embeddings()
     return not torch.compiler.is_compiling() and not any(
         module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or "forward" in vars(module)
         for module in model.modules()
+        if module is not head
     )

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from ._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
 from .configuration_c2c import LayerShape
 from .fingerprints import SharerSource, fingerprint, tokenizer_hash
-from .passing_caches import StatesComplete, StoppingCache, may_stop
+from .passing_caches import StatesComplete, StoppingCache, is_untouched
 from .state_file import StateContent, decode_states, encode_states, write_whole
 
 #: Key and value states of every cached layer, `(batch_size, num_key_value_heads, seq_len, head_dim)` each.
@@ -77,7 +77,7 @@ def prefill(
     if logits_to_keep and accepts_argument(model, "logits_to_keep"):
         kwargs["logits_to_keep"] = logits_to_keep
     body = model if logits_to_keep else model.base_model
-    if num_layers and not logits_to_keep and not with_gradient and may_stop(model):
+    if num_layers and not logits_to_keep and not with_gradient and is_untouched(model):
         cache = StoppingCache(cache, num_layers)
     with torch.set_grad_enabled(with_gradient), suppress(StatesComplete):
         outputs = body(

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from .alignment import apply_token_table
 from .cache import C2CCache
 from .configuration_c2c import C2CConfig
-from .prefill import SharerState
+from .prefill import SharerState, read_text
 
 #: A tensor where there is one sharer, else one per sharer.
 PerSharer = torch.Tensor | Sequence[torch.Tensor]
@@ -23,7 +24,7 @@ class SharerText:
         attention_mask: `(batch_size, sharer_len)`, 0 at padding and at tokens that it does not see.
         alignment: `(batch_size, seq_len)`: the position of its text that each new receiver token reads, or -1.
         position_ids: `(batch_size, sharer_len)`, or `None`: counted from the mask.
-        state: What the sharer has read of it elsewhere, or `None`: it reads here.
+        state: What the sharer has read of it, here or elsewhere; `None` before it reads.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +32,12 @@ class SharerText:
     alignment: torch.Tensor
     position_ids: torch.Tensor | None = None
     state: SharerState | None = None
+
+    def read(self, sharer: PreTrainedModel, length: int, num_layers: int) -> None:
+        """Let the sharer read the first `length` positions, on from what `state` holds, see [`~prefill.read_text`]."""
+        position_ids = None if self.position_ids is None else self.position_ids[:, :length]
+        ids, mask = self.input_ids[:, :length], self.attention_mask[:, :length]
+        self.state = read_text(sharer, ids, mask, position_ids, known=self.state, num_layers=num_layers)
 
 
 def texts_from_tokens(

@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import c2c_hf.fuser as fuser_module
 from c2c_hf import C2CConfig
-from c2c_hf.fuser import Fuser, Gate, StackedLinear
+from c2c_hf.fuser import Fuser, Gate
+from c2c_hf.stacked_layers import StackedLinear
 
 UNEQUAL = [(2, 8, 8), (1, 16, 12), (2, 8, 4)]
 EQUAL = [(2, 8, 8)] * 6

@@ -5,7 +5,7 @@ import torch
 from conftest import CONFIGS, random_ids, tiny_c2c, tiny_model
 from transformers import PreTrainedModel
 
-from c2c_hf.passing_caches import may_stop
+from c2c_hf.passing_caches import is_untouched
 from c2c_hf.prefill import cached_states, full_length_cache, prefill
 
 COMPILES = {"compile": lambda m: m.compile(), "compiled forward": lambda m: setattr(m, "forward", m.forward)}
@@ -74,9 +74,9 @@ def test_goes_on_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("kind", COMPILES)
 def test_goes_on_where_it_is_compiled(kind: str) -> None:
     model = tiny_model("llama")
-    assert may_stop(model)
+    assert is_untouched(model)
     COMPILES[kind](model.base_model)
-    assert not may_stop(model)
+    assert not is_untouched(model)
 
 
 def test_the_pair_reads_only_as_far_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
