@@ -33,7 +33,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
-        print("No GPU is used: the floor is that of the processor, whose models run one after the other.")
+        print("No GPU is used: the floor is that of the processor, one model after the other.")
 
     results = []
     for result in run_benchmark(

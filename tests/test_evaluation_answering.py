@@ -9,9 +9,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.evaluation.answering import Answerer, PlainAnswerer, Query, put_in_front
-from c2c_hf.evaluation.controls import Alone
+from c2c_hf.evaluation.controls import CONTROLS, Alone
 from c2c_hf.evaluation.fused_answering import C2CAnswerer
 from c2c_hf.evaluation.methods import TextToText
+from c2c_hf.evaluation.payload import PAYLOADS
 
 QUERIES = [Query(prompt) for prompt in PROMPTS]
 CHATS = [Query([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
@@ -120,14 +121,27 @@ def test_conversations_that_continue() -> None:
         answerer.score([Query(chat, continues=True), QUERIES[0]], CHOICES[:2])
 
 
-def test_seconds_add_up() -> None:
+@pytest.mark.parametrize("control", ["c2c", "int8"])
+def test_seconds_add_up(control: str) -> None:
     answerer = answerers()["c2c"]
+    answerer.control = {**CONTROLS, **PAYLOADS}[control]
     answerer.write(QUERIES, 4)
     seconds = answerer.seconds
-    parts = (seconds.sharer, seconds.fusion, seconds.prefill, seconds.decode)
+    parts = (seconds.fusion, seconds.prefill, seconds.decode)
     assert min(parts) > 0
-    assert sum(parts) <= seconds.total
+    # A processor's models read at the same time, unless something happens to what the sharers have read.
+    assert (seconds.sharer > 0) == (control == "int8")
+    assert seconds.sharer + sum(parts) <= seconds.total
     assert not any(fuser._forward_hooks or fuser._forward_pre_hooks for fuser in answerer.c2c_model.fuser)
+
+
+def test_reading_first_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answerer = answerers()["c2c"]
+    together = answerer.score(QUERIES, CHOICES)
+    monkeypatch.setattr(answerer.control, "changes_states", True, raising=False)
+    first = answerer.score(QUERIES, CHOICES)
+    assert answerer.seconds.sharer > 0
+    assert first == together
 
 
 def naive_gate_weight(answerer: C2CAnswerer, prompt: str) -> float:

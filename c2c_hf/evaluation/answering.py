@@ -67,7 +67,10 @@ def put_in_front(head: str, prompt: str | Sequence[Message]) -> str | Sequence[M
 
 @dataclass
 class Seconds:
-    """Where a batch's time went, in seconds; `total` includes tokenization."""
+    """Where a batch's time went, in seconds; `total` includes tokenization.
+
+    Where receiver and sharers read at the same time, as C2C does on a processor, `prefill` holds the sharers' time.
+    """
 
     total: float = 0.0
     sharer: float = 0.0

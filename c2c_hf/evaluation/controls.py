@@ -17,6 +17,8 @@ class Control:
     needs_donors = False
     #: Whether the sharers read at all.
     reads_sharers = True
+    #: Whether it changes what they have read.
+    changes_states = False
 
     def change_inputs(self, inputs: Inputs, donors: Inputs | None, seeds: Sequence[int]) -> Inputs:
         """Change what the sharers read, or who reads whom.
@@ -119,6 +121,8 @@ class Shuffled(Control):
 class Zero(Control):
     """The sharers' states are all zero."""
 
+    changes_states = True
+
     def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
         """Fill all keys and values with zeros."""
         for entry in state.entries():
@@ -127,6 +131,8 @@ class Zero(Control):
 
 class Noise(Control):
     """Random directions, each with the norm of the state that it replaces."""
+
+    changes_states = True
 
     def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
         """Replace keys and values, per layer, head and real token."""
