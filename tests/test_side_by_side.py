@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import c2c_hf.side_by_side as side_by_side_module
 from c2c_hf import C2CForCausalLM
+from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.prefill import cached_states
 from c2c_hf.side_by_side import MOST_TOKENS, side_by_side
 from c2c_hf.texts import SharerText
@@ -134,7 +135,7 @@ def outcome(model: C2CForCausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
     model.fuser.zero_grad()
     out = model(input_ids=ids, labels=labels, use_cache=True)
     out.loss.backward()
-    states = [state for pair in cached_states(out.cache) for state in pair]
+    states = [state for pair in cached_states(out[CACHE_ARGUMENT]) for state in pair]
     gradients = [parameter.grad for parameter in model.fuser.parameters() if parameter.grad is not None]
     assert gradients
     return [out.logits, *states, *gradients]

@@ -91,7 +91,10 @@ def _tables(metrics: dict[str, Any]) -> list[str]:
         lines.append("")
     used = dict.fromkeys(result["method"] for result in metrics["results"])
     lines += [f"- **{name}**: {METHODS.get(name, METHODS['sharer'])}" for name in used]
-    return [*lines, "", "Seconds and tokens are medians per item; the p-value is McNemar's.", ""]
+    explained = "Seconds and tokens are medians per item; the p-value is McNemar's."
+    if any(result["method"] == "c2c" and not result["seconds"]["sharer"] for result in metrics["results"]):
+        explained += " C2C's prefill holds the sharers' reading, which went on at the same time."
+    return [*lines, "", explained, ""]
 
 
 def _percent(value: float, interval: Sequence[float]) -> str:
