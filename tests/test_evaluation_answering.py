@@ -1,5 +1,7 @@
 """Answerers: scores and answers equal the models' own, batched or one by one."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from conftest import close_gates
@@ -9,10 +11,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.evaluation.answering import Answerer, PlainAnswerer, Query, put_in_front
-from c2c_hf.evaluation.controls import CONTROLS, Alone
+from c2c_hf.evaluation.controls import CONTROLS, Alone, Control
 from c2c_hf.evaluation.fused_answering import C2CAnswerer
 from c2c_hf.evaluation.methods import TextToText
 from c2c_hf.evaluation.payload import PAYLOADS
+from c2c_hf.prefill import SharerState
 
 QUERIES = [Query(prompt) for prompt in PROMPTS]
 CHATS = [Query([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
@@ -135,10 +138,17 @@ def test_seconds_add_up(control: str) -> None:
     assert not any(fuser._forward_hooks or fuser._forward_pre_hooks for fuser in answerer.c2c_model.fuser)
 
 
-def test_reading_first_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+class LookedAt(Control):
+    """Sees what the sharers have read, and leaves it as it is."""
+
+    def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
+        assert len(state.input_ids) == len(seeds)
+
+
+def test_reading_first_changes_no_answer() -> None:
     answerer = answerers()["c2c"]
     together = answerer.score(QUERIES, CHOICES)
-    monkeypatch.setattr(answerer.control, "changes_states", True, raising=False)
+    answerer.control = LookedAt()
     first = answerer.score(QUERIES, CHOICES)
     assert answerer.seconds.sharer > 0
     assert first == together

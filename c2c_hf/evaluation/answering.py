@@ -69,7 +69,7 @@ def put_in_front(head: str, prompt: str | Sequence[Message]) -> str | Sequence[M
 class Seconds:
     """Where a batch's time went, in seconds; `total` includes tokenization.
 
-    Where receiver and sharers read at the same time, as C2C does on a processor, `prefill` holds the sharers' time.
+    On a processor `prefill` holds the sharers' time too: there C2C lets them read beside the receiver.
     """
 
     total: float = 0.0

@@ -17,8 +17,6 @@ class Control:
     needs_donors = False
     #: Whether the sharers read at all.
     reads_sharers = True
-    #: Whether it changes what they have read.
-    changes_states = False
 
     def change_inputs(self, inputs: Inputs, donors: Inputs | None, seeds: Sequence[int]) -> Inputs:
         """Change what the sharers read, or who reads whom.
@@ -43,6 +41,11 @@ class Control:
 
     def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
         """Change in place what one sharer has read, before it is fused."""
+
+    @property
+    def changes_states(self) -> bool:
+        """Whether it changes what the sharers have read."""
+        return type(self).change_state is not Control.change_state
 
     @contextmanager
     def around(self, model: C2CForCausalLM) -> Iterator[None]:
@@ -121,8 +124,6 @@ class Shuffled(Control):
 class Zero(Control):
     """The sharers' states are all zero."""
 
-    changes_states = True
-
     def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
         """Fill all keys and values with zeros."""
         for entry in state.entries():
@@ -131,8 +132,6 @@ class Zero(Control):
 
 class Noise(Control):
     """Random directions, each with the norm of the state that it replaces."""
-
-    changes_states = True
 
     def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
         """Replace keys and values, per layer, head and real token."""

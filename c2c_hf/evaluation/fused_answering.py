@@ -86,17 +86,19 @@ class C2CAnswerer(Answerer):
                 plain = {name: inputs[name] for name in ("input_ids", "attention_mask")}
                 yield {**plain, "position_ids": position_ids_from_mask(inputs["attention_mask"])}
                 return
-            if not self._reads_side_by_side():
+            if self._reads_first():
                 start = now()
                 inputs = {**inputs, CACHE_ARGUMENT: self._read_sharers(inputs, [query.seed for query in queries])}
                 self.seconds.sharer = now() - start
             with self._fusion_timed(), self._gates_watched(inputs):
                 yield inputs
 
-    def _reads_side_by_side(self) -> bool:
-        """Say whether receiver and sharers read at the same time, so that sharers have no time of their own."""
-        in_turn = self.control.changes_states or self.c2c_model.config.context_mode == "memory"
-        return not in_turn and self.c2c_model.device.type == "cpu"
+    def _reads_first(self) -> bool:
+        """Say whether the sharers read before the model is called, in time of their own."""
+        if self.control.changes_states or self.c2c_model.config.context_mode == "memory":
+            return True
+        # On a processor the model lets receiver and sharers read at the same time, which this would undo.
+        return self.c2c_model.device.type != "cpu"
 
     def _read_sharers(self, inputs: Inputs, seeds: Sequence[int]) -> C2CCache:
         """Let the sharers read first: the model finds in the cache what they have read, and goes on from there."""

@@ -46,8 +46,6 @@ class Rounded(Control):
         bits: Per number, with the sign.
     """
 
-    changes_states = True
-
     def __init__(self, bits: int) -> None:
         self.bits = bits
 

@@ -93,7 +93,7 @@ def _tables(metrics: dict[str, Any]) -> list[str]:
     lines += [f"- **{name}**: {METHODS.get(name, METHODS['sharer'])}" for name in used]
     explained = "Seconds and tokens are medians per item; the p-value is McNemar's."
     if any(result["method"] == "c2c" and not result["seconds"]["sharer"] for result in metrics["results"]):
-        explained += " C2C's prefill holds the sharers' reading, which went on at the same time."
+        explained += " C2C's prefill holds the sharers' reading, beside the receiver's where that is faster."
     return [*lines, "", explained, ""]
 
 
