@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import C2CCache
-    from .collation import C2CDataCollator
     from .configuration_c2c import C2CConfig
-    from .conversion import convert_reference_checkpoint
+    from .convert_reference import convert_reference_checkpoint
+    from .fitting.ridge import fit_ridge
+    from .inference.cache import C2CCache
+    from .inference.prefill import SharerCache
     from .modeling_c2c import C2CForCausalLM
-    from .prefill import SharerState
     from .processing_c2c import C2CProcessor
-    from .ridge import fit_ridge
-    from .training import C2CTrainer
-    from .training_arguments import C2CTrainingArguments
+    from .training.arguments import C2CTrainingArguments
+    from .training.collator import C2CDataCollator
+    from .training.trainer import C2CTrainer
 
 __all__ = [
     "C2CCache",
@@ -25,7 +25,7 @@ __all__ = [
     "C2CProcessor",
     "C2CTrainer",
     "C2CTrainingArguments",
-    "SharerState",
+    "SharerCache",
     "__version__",
     "convert_reference_checkpoint",
     "fit_ridge",
@@ -34,19 +34,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "C2CCache": ".cache",
+    "C2CCache": ".inference.cache",
     "C2CConfig": ".configuration_c2c",
     "C2CForCausalLM": ".modeling_c2c",
     "C2CProcessor": ".processing_c2c",
-    "SharerState": ".prefill",
-    "convert_reference_checkpoint": ".conversion",
+    "SharerCache": ".inference.prefill",
+    "convert_reference_checkpoint": ".convert_reference",
 }
 # Training brings the Trainer and the data sets' library, which those who only generate need not wait for.
 _TRAINING_MODULES = {
-    "C2CDataCollator": ".collation",
-    "C2CTrainer": ".training",
-    "C2CTrainingArguments": ".training_arguments",
-    "fit_ridge": ".ridge",
+    "C2CDataCollator": ".training.collator",
+    "C2CTrainer": ".training.trainer",
+    "C2CTrainingArguments": ".training.arguments",
+    "fit_ridge": ".fitting.ridge",
 }
 
 

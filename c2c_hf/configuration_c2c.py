@@ -1,45 +1,53 @@
-"""`C2CConfig`: which models share, which layers meet, how large the fuser is and which tokens read which."""
+"""`C2CConfig` and `SharerConfig`: the pair, the fuser's sizes, the layer mapping and the token alignment."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 LAYER_ALIGNMENTS = ("terminal", "depth_normalized")
 TOKEN_ALIGNMENTS = ("identity", "first", "longest", "span")
-CONTEXT_MODES = ("slice", "memory")
+MODES = ("fusion", "memory")
 FUSION_MODES = ("parallel", "sequential")
 FUSER_TYPES = ("c2c",)
-FUSER_INITIALIZATIONS = ("shut_gates", "zero_output")
-
-_READ_OFF_MODELS = (
-    *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint"),
-    *("sharer_names_or_paths", "sharer_revisions", "sharer_configs", "sharer_fingerprints"),
-    *("receiver_layer_shapes", "sharer_layer_shapes", "receiver_tokenizer_hash", "sharer_tokenizer_hashes"),
-    "sharer_rotations",
-)
+FUSER_INITIALIZATIONS = ("closed_gates", "zero_output")
 
 #: (num_key_value_heads, key head_dim, value head_dim) of one cached layer.
 LayerShape = tuple[int, int, int]
 
 
-class FuserSizes(NamedTuple):
-    """Sizes of one sharer's fuser."""
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise `ValueError` if `value` is not one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {list(allowed)}, but got {value!r}.")
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    dropout: float
+
+def one_per_sharer(name: str, value: Any, num_sharers: int) -> list[Any]:
+    """Turn a one-or-many argument into a list with one entry per sharer.
+
+    Args:
+        name: Of the argument, for the error.
+        value: One value for all sharers, or a list or tuple with one per sharer.
+        num_sharers: Number of sharers.
+
+    Raises:
+        ValueError: The list has another length.
+    """
+    if not isinstance(value, list | tuple):
+        return [value] * num_sharers
+    if len(value) != num_sharers:
+        raise ValueError(f"`{name}` must be one value, or one per sharer ({num_sharers}), but got {value!r}.")
+    return list(value)
 
 
 def layer_mapping(num_receiver_layers: int, num_sharer_layers: int, layer_alignment: str = "terminal") -> list[int]:
-    """Say which sharer layer each receiver layer reads.
+    """Map every receiver layer to a sharer layer.
 
     Args:
         num_receiver_layers: Number of layers in the receiver's cache.
         num_sharer_layers: Number of layers in the sharer's cache.
-        layer_alignment: `"terminal"` pairs the last layers and walks down, surplus receiver layers reading sharer
+        layer_alignment: `"terminal"` pairs the last layers and walks down, surplus receiver layers take sharer
             layer 0 (arXiv 2510.03215); `"depth_normalized"` pairs layers of nearest relative depth.
 
     Returns:
@@ -54,58 +62,118 @@ def layer_mapping(num_receiver_layers: int, num_sharer_layers: int, layer_alignm
     return [int(i * scale + 0.5) for i in range(num_receiver_layers)]
 
 
+@dataclasses.dataclass
+class SharerConfig:
+    """Everything about one sharer: the model, its fuser's sizes and its token alignment.
+
+    Args:
+        name_or_path: Hub id or folder of the model.
+        revision: Commit, tag or branch. `None` for a local folder.
+        config: Nested configuration of the model, or its dictionary.
+        layer_shapes: Per cached layer `[num_key_value_heads, key head_dim, value head_dim]`, measured on the model
+            when the fuser is built and compared when it is loaded again.
+        fingerprint: Short hash of the weights, compared on loading. `None`: not compared.
+        tokenizer_hash: Short hash of the vocabulary, compared where weights cannot be. `None`: not compared.
+        token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`: how a receiver token is aligned with a token
+            of this sharer.
+        bos_token_id: Token in front of the sharer's text under `"first"` and `"longest"`, where the receiver's tokens
+            alone would give it none. `None`: no such token.
+        fuser_hidden_size: Width inside the fuser. Compact fusers go down to 64.
+        fuser_intermediate_size: Width inside the fuser's feed-forward blocks.
+        num_fuser_layers: Depth of the fuser, input projection included; at least 2.
+        fuser_dropout: Dropout in the feed-forward blocks while training.
+        rotations: How the keys of each layer turn with their position, recorded for memory fusers, so that the cache
+            of a sharer that runs elsewhere can be used; see [`~inference.rotary.describe_rotations`]. `None`: measured
+            on the model.
+
+    Raises:
+        ValueError: For an unknown value, naming the field, the value and what is allowed.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    config: PreTrainedConfig | dict[str, Any] | None = None
+    layer_shapes: list[list[int]] | None = None
+    fingerprint: str | None = None
+    tokenizer_hash: str | None = None
+    token_alignment: str = "span"
+    bos_token_id: int | None = None
+    fuser_hidden_size: int = 1024
+    fuser_intermediate_size: int = 1024
+    num_fuser_layers: int = 3
+    fuser_dropout: float = 0.1
+    rotations: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.config = _as_config(self.config)
+        self.check()
+
+    def check(self) -> None:
+        """Check the values of all fields.
+
+        Raises:
+            ValueError: For an unknown value.
+        """
+        check_choice("token_alignment", self.token_alignment, TOKEN_ALIGNMENTS)
+        for field, smallest in (("fuser_hidden_size", 1), ("fuser_intermediate_size", 1), ("num_fuser_layers", 2)):
+            _check_integer(field, getattr(self, field), smallest)
+        if not isinstance(self.fuser_dropout, float | int) or not 0.0 <= self.fuser_dropout < 1.0:
+            raise ValueError(f"`fuser_dropout` must be in [0, 1), but got {self.fuser_dropout!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary, the nested configuration included."""
+        output = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        output["config"] = _as_dict(self.config)
+        return output
+
+
+#: Fields of [`SharerConfig`] that a user chooses; the others are measured on the models.
+SHARER_FIELDS = (
+    *("token_alignment", "bos_token_id", "fuser_hidden_size", "fuser_intermediate_size", "num_fuser_layers"),
+    "fuser_dropout",
+)
+_MEASURED_FIELDS = (
+    *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint", "sharers"),
+    *("receiver_layer_shapes", "receiver_tokenizer_hash"),
+)
+
+
 class C2CConfig(PreTrainedConfig):
     """Configuration of a [`C2CForCausalLM`].
 
-    Fields of the fuser carry a `fuser_` prefix because transformers reads `hidden_size` and its friends off a
-    configuration as the language model's; [`C2CConfig.get_text_config`] answers with the receiver's.
+    Fields of the fuser carry a `fuser_` prefix because transformers reads `hidden_size` and its like off a
+    configuration as the language model's; [`C2CConfig.get_text_config`] returns the receiver's.
 
     Args:
         receiver_name_or_path: Hub id or folder of the model that answers.
         receiver_revision: Commit, tag or branch of the receiver. `None` for a local folder.
-        sharer_names_or_paths: Hub ids or folders of the models that lend their key/value states, in order.
-        sharer_revisions: One revision (or `None`) per sharer.
         receiver_config: Nested configuration of the receiver, or its dictionary.
-        sharer_configs: Nested configurations of the sharers, or their dictionaries, in order.
-        receiver_layer_shapes: Per cached receiver layer `[num_key_value_heads, key head_dim, value head_dim]`, read
-            off the model when the fuser is built and compared when it is loaded again.
-        sharer_layer_shapes: The same, one list per sharer.
+        receiver_layer_shapes: Per cached receiver layer `[num_key_value_heads, key head_dim, value head_dim]`,
+            measured on the model when the fuser is built and compared when it is loaded again.
         receiver_fingerprint: Short hash of the receiver's weights, compared on loading. `None`: not compared.
-        sharer_fingerprints: One hash (or `None`) per sharer.
         receiver_tokenizer_hash: Short hash of the receiver's vocabulary, compared where weights cannot be.
-        sharer_tokenizer_hashes: One hash (or `None`) per sharer.
+        sharers: One [`SharerConfig`] per sharer, or their dictionaries, in order.
+        mode: How the sharers reach the receiver. `"fusion"`: their states are fused with the receiver's at the aligned
+            positions of the text that both prefill. `"memory"`: the states of a sharer-only context take positions of
+            their own in the receiver's cache; the shared text is not fused then.
         fuser_type: `"c2c"`, the projector of arXiv 2510.03215.
-        fuser_hidden_size: Width inside the fuser. Compact fusers go down to 64. This and the next three take one
-            value, or a list with one per sharer.
-        fuser_intermediate_size: Width inside the fuser's feed-forward blocks.
-        num_fuser_layers: Depth of the fuser, input projection included; at least 2.
-        fuser_dropout: Dropout in the feed-forward blocks while training.
-        fuser_initialization: How a new fuser changes nothing. `"shut_gates"`: all gates at logit 0, which is shut at
-            inference, in front of random output layers (arXiv 2510.03215); training starts by adding noise.
+        fuser_initialization: How a new fuser changes nothing. `"closed_gates"`: all gates at logit 0, which is closed
+            at inference, in front of random output layers (arXiv 2510.03215); training starts by adding noise.
             `"zero_output"`: gates open at logit 1 in front of output layers that are zero, as LoRA starts.
         initial_gate_temperature: Temperature of the gates when training starts.
         final_gate_temperature: Temperature of the gates when training ends; between them it decays exponentially.
         layer_alignment: `"terminal"` or `"depth_normalized"`, see [`layer_mapping`].
-        token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`: how a receiver token finds the sharer token
-            it reads. One value per sharer where they differ.
-        context_mode: How a sharer-only context reaches the receiver. `"slice"`: through the aligned positions of the
-            text that both read. `"memory"`: its tokens' states take positions of their own in the receiver's cache;
-            what both read is not fused then.
-        memory_source_layers: Number of sharer layers, around its relative depth, that each receiver layer's memory is
-            made from.
-        memory_sink_tokens: Number of the receiver's own tokens in front of the memory, its attention sink.
-        memory_rank: Width of the bottleneck of the maps. `None`: full rank.
-        memory_shared_bottleneck: All receiver layers are made from one bottleneck of `memory_rank`, and that from all
-            sharer layers (`memory_source_layers` has no say): far fewer weights for the same rank.
-        sharer_rotations: Per sharer of a saved memory fuser how the keys of its layers turn with their position, see
-            [`~rope.describe_rotations`], so that the states of one that runs elsewhere can be used.
-        memory_hidden_size: Width of the residual network beside the maps. 0: none.
         fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's
-            own states, `"sequential"` hands each fuser what the one before it made.
-        sharer_bos_token_ids: The token with which each sharer's text starts under `"first"` and `"longest"`, where the
-            receiver's tokens alone would give it none. `None`: no such token.
-        fuse_response: Keep fusing for answer tokens. Costs one more pass of the receiver and one of each sharer per
-            token, and needs an alignment that goes token by token (all but `"span"`).
+            own states, `"sequential"` hands each fuser the output of the one before it.
+        fuse_response: Keep fusing for answer tokens. Costs one more forward pass of the receiver and one of each
+            sharer per token, and needs a token-by-token alignment (all but `"span"`).
+        memory_source_layers: Number of sharer layers, around its relative depth, from which each receiver layer's
+            slots are computed.
+        memory_sink_tokens: Number of the receiver's own tokens in front of the slots, its attention sink.
+        memory_rank: Width of the bottleneck of the maps. `None`: full rank.
+        memory_shared_bottleneck: All receiver layers share one bottleneck of `memory_rank`, computed from all sharer
+            layers (`memory_source_layers` is not used then): far fewer weights for the same rank.
+        memory_hidden_size: Width of the residual network beside the maps. 0: none.
 
     Raises:
         ValueError: For an unknown value, naming the field, the value and what is allowed.
@@ -115,65 +183,58 @@ class C2CConfig(PreTrainedConfig):
 
     receiver_name_or_path: str | None = None
     receiver_revision: str | None = None
-    sharer_names_or_paths: list[str | None] | None = None
-    sharer_revisions: list[str | None] | None = None
     receiver_config: PreTrainedConfig | dict[str, Any] | None = None
-    sharer_configs: list[PreTrainedConfig | dict[str, Any]] | None = None
     receiver_layer_shapes: list[list[int]] | None = None
-    sharer_layer_shapes: list[list[list[int]]] | None = None
     receiver_fingerprint: str | None = None
-    sharer_fingerprints: list[str | None] | None = None
     receiver_tokenizer_hash: str | None = None
-    sharer_tokenizer_hashes: list[str | None] | None = None
+    sharers: list[SharerConfig | dict[str, Any]] | None = None
+    mode: str = "fusion"
     fuser_type: str = "c2c"
-    fuser_hidden_size: int | list[int] = 1024
-    fuser_intermediate_size: int | list[int] = 1024
-    num_fuser_layers: int | list[int] = 3
-    fuser_dropout: float | list[float] = 0.1
-    fuser_initialization: str = "shut_gates"
+    fuser_initialization: str = "closed_gates"
     initial_gate_temperature: float = 1.0
     final_gate_temperature: float = 0.001
     layer_alignment: str = "terminal"
-    token_alignment: str | list[str] = "span"
-    sharer_bos_token_ids: list[int | None] | None = None
-    context_mode: str = "slice"
+    fusion_mode: str = "parallel"
+    fuse_response: bool = False
     memory_source_layers: int = 3
     memory_sink_tokens: int = 1
     memory_rank: int | None = None
     memory_shared_bottleneck: bool = False
     memory_hidden_size: int = 0
-    sharer_rotations: list[dict[str, Any]] | None = None
-    fusion_mode: str = "parallel"
-    fuse_response: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.receiver_config = _as_config(self.receiver_config)
-        if self.sharer_configs is not None:
-            self.sharer_configs = [_as_config(config) for config in self.sharer_configs]
+        self.sharers = [_as_sharer_config(sharer) for sharer in self.sharers or []]
         super().__post_init__(**kwargs)
-        self._check_fields()
+        self.check()
 
-    def _check_fields(self) -> None:
+    def check(self) -> None:
+        """Check the values of all fields, those of the sharers included.
+
+        Raises:
+            ValueError: For an unknown value.
+        """
         for field, allowed in (
             ("fuser_type", FUSER_TYPES),
             ("fuser_initialization", FUSER_INITIALIZATIONS),
             ("layer_alignment", LAYER_ALIGNMENTS),
-            ("context_mode", CONTEXT_MODES),
+            ("mode", MODES),
             ("fusion_mode", FUSION_MODES),
         ):
-            _check_choice(field, getattr(self, field), allowed)
-        alignments = self._per_sharer("token_alignment")
-        for value in alignments:
-            _check_choice("token_alignment", value, TOKEN_ALIGNMENTS)
+            check_choice(field, getattr(self, field), allowed)
+        alignments = []
+        for sharer in self.sharers:
+            sharer.check()
+            alignments.append(sharer.token_alignment)
         if self.fuse_response and "span" in alignments:
             raise ValueError(
-                "`fuse_response=True` needs a `token_alignment` that goes token by token ('identity', 'first' or "
-                f"'longest'), but got {self.token_alignment!r}."
+                "`fuse_response=True` needs a token-by-token `token_alignment` ('identity', 'first' or 'longest'), "
+                f"but got {alignments}."
             )
-        if self.context_mode == "memory" and set(alignments) != {"span"}:
+        if self.mode == "memory" and set(alignments) - {"span"}:
             raise ValueError(
-                f"`context_mode='memory'` needs `token_alignment='span'`, but got {self.token_alignment!r}: a sharer "
-                "reads a text of its own."
+                f"`mode='memory'` needs `token_alignment='span'`, but got {alignments}: the sharer prefills a context "
+                "that the receiver does not."
             )
         for field, smallest in (("memory_source_layers", 1), ("memory_sink_tokens", 0), ("memory_hidden_size", 0)):
             _check_integer(field, getattr(self, field), smallest)
@@ -181,16 +242,6 @@ class C2CConfig(PreTrainedConfig):
             _check_integer("memory_rank", self.memory_rank, 1)
         elif self.memory_shared_bottleneck:
             raise ValueError("`memory_shared_bottleneck` needs `memory_rank`, its width, but that is None.")
-        optional = ("sharer_revisions", "sharer_fingerprints", "sharer_tokenizer_hashes", "sharer_bos_token_ids")
-        for field in ("sharer_names_or_paths", *optional):
-            if getattr(self, field) is not None:
-                self._per_sharer(field)
-        for field, smallest in (("fuser_hidden_size", 1), ("fuser_intermediate_size", 1), ("num_fuser_layers", 2)):
-            for value in self._per_sharer(field):
-                _check_integer(field, value, smallest)
-        for value in self._per_sharer("fuser_dropout"):
-            if not isinstance(value, float | int) or not 0.0 <= value < 1.0:
-                raise ValueError(f"`fuser_dropout` must be in [0, 1), but got {value!r}.")
         for field in ("initial_gate_temperature", "final_gate_temperature"):
             if not isinstance(getattr(self, field), float | int):
                 raise ValueError(f"`{field}` must be a number, but got {getattr(self, field)!r}.")
@@ -200,53 +251,53 @@ class C2CConfig(PreTrainedConfig):
                 f"{self.final_gate_temperature!r} and {self.initial_gate_temperature!r}."
             )
 
-    @classmethod
-    def check_names(cls, names: Iterable[str], by_user: bool = False) -> None:
-        """Refuse what is no field, which transformers would keep as an attribute that nobody reads.
+    def override(self, fields: dict[str, Any]) -> None:
+        """Set fields of this configuration and of its sharers, and check them.
 
         Args:
-            names: Of the fields.
-            by_user: Refuse those that are read off the base models, too.
+            fields: Of [`C2CConfig`], or those of `SHARER_FIELDS`, with one value for all sharers or one per sharer.
+
+        Raises:
+            ValueError: For an unknown field or value.
+        """
+        self.check_names(fields)
+        for name, value in fields.items():
+            if name in SHARER_FIELDS:
+                for sharer, own in zip(self.sharers, one_per_sharer(name, value, len(self.sharers)), strict=True):
+                    setattr(sharer, name, own)
+            else:
+                setattr(self, name, value)
+        self.check()
+
+    @classmethod
+    def check_names(cls, names: Iterable[str], by_user: bool = False) -> None:
+        """Refuse names that are no fields, which transformers would keep as attributes without effect.
+
+        Args:
+            names: Of the fields, those of `SHARER_FIELDS` included.
+            by_user: Refuse those that are measured on the base models, too.
 
         Raises:
             ValueError: Naming them.
         """
         names = list(names)
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = [name for name in names if name not in known]
-        if unknown:
+        known = {*SHARER_FIELDS, *(field.name for field in dataclasses.fields(cls))}
+        if unknown := [name for name in names if name not in known]:
             raise ValueError(
                 f"These are no fields of `C2CConfig`: {unknown}; see its documentation for those there are."
             )
-        found_out = [name for name in names if name in _READ_OFF_MODELS]
-        if by_user and found_out:
-            raise ValueError(f"These fields are read off the models and cannot be given: {found_out}.")
+        if by_user and (measured := [name for name in names if name in _MEASURED_FIELDS]):
+            raise ValueError(f"These fields are measured on the models and cannot be given: {measured}.")
 
     @property
     def num_sharers(self) -> int:
         """Number of sharers."""
-        return len(self.sharer_configs) if self.sharer_configs is not None else 0
+        return len(self.sharers)
 
     @property
     def token_alignments(self) -> list[str]:
         """The token alignment of each sharer."""
-        return self._per_sharer("token_alignment")
-
-    def fuser_sizes(self, sharer_index: int) -> FuserSizes:
-        """Return the sizes of one sharer's fuser."""
-        fields = ("fuser_hidden_size", "fuser_intermediate_size", "num_fuser_layers", "fuser_dropout")
-        return FuserSizes(*(self._per_sharer(field)[sharer_index] for field in fields))
-
-    def _per_sharer(self, field: str) -> list[Any]:
-        """Spread a field that holds one value over all sharers."""
-        value = getattr(self, field)
-        if not isinstance(value, list | tuple):
-            return [value] * max(1, self.num_sharers)
-        if len(value) != self.num_sharers:
-            raise ValueError(
-                f"`{field}` must be one value, or one per sharer ({self.num_sharers}), but got {value!r}."
-            )
-        return list(value)
+        return [sharer.token_alignment for sharer in self.sharers]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the receiver's text configuration, which is what generation and caches need to know."""
@@ -256,19 +307,32 @@ class C2CConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary, nested ones included."""
-        receiver_config, sharer_configs = self.receiver_config, self.sharer_configs
+        receiver_config, sharers = self.receiver_config, self.sharers
         # The base class copies every attribute but turns only direct configurations into dictionaries.
         output = super().to_dict()
         output["receiver_config"] = _as_dict(receiver_config)
-        output["sharer_configs"] = None if sharer_configs is None else [_as_dict(config) for config in sharer_configs]
+        output["sharers"] = [sharer.to_dict() for sharer in sharers]
         return output
+
+
+def _as_sharer_config(sharer: SharerConfig | dict[str, Any]) -> SharerConfig:
+    if isinstance(sharer, SharerConfig):
+        return sharer
+    if not isinstance(sharer, dict):
+        raise ValueError(f"`sharers` must hold `SharerConfig` or dictionaries, but got {sharer!r}.")
+    known = {field.name for field in dataclasses.fields(SharerConfig)}
+    if unknown := sorted(set(sharer) - known):
+        raise ValueError(
+            f"These are no fields of `SharerConfig`: {unknown}; see its documentation for those there are."
+        )
+    return SharerConfig(**sharer)
 
 
 def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
     if config is None or isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict):
-        raise ValueError(f"`receiver_config` and `sharer_configs` must hold configurations, but got {config!r}.")
+        raise ValueError(f"A nested base model configuration must be a configuration or a dictionary, got {config!r}.")
     fields = dict(config)
     if not isinstance(fields.get("model_type"), str):
         raise ValueError("A nested base model configuration needs its `model_type`, but the dictionary has none.")
@@ -278,7 +342,7 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCo
 def _as_dict(config: PreTrainedConfig | None) -> dict[str, Any] | None:
     if config is None:
         return None
-    # The folder that a base model was loaded from stands in `receiver_name_or_path` alone.
+    # The folder that a base model was loaded from is recorded in `name_or_path` alone.
     return {
         key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
     }
@@ -287,8 +351,3 @@ def _as_dict(config: PreTrainedConfig | None) -> dict[str, Any] | None:
 def _check_integer(field: str, value: Any, smallest: int) -> None:
     if not isinstance(value, int) or value < smallest:
         raise ValueError(f"`{field}` must be an integer of at least {smallest}, but got {value!r}.")
-
-
-def _check_choice(field: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{field}` must be one of {list(allowed)}, but got {value!r}.")

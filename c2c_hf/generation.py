@@ -7,12 +7,12 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ._compat import CACHE_ARGUMENT, pop_cache
 from .configuration_c2c import C2CConfig
-from .given_states import states_per_sharer
-from .memory import hide_slots
-from .texts import last_prompt_positions, leave_out, per_sharer, texts_as_given, texts_from_tokens
+from .inference.given_states import states_per_sharer
+from .inference.memory_slots import hide_slots
+from .inference.sharer_inputs import last_prompt_positions, leave_out, per_sharer, texts_as_given, texts_from_tokens
 
 _TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
-SHARER_ARGUMENTS = (*_TENSORS, "sharer_states")
+SHARER_ARGUMENTS = (*_TENSORS, "sharer_caches")
 
 
 class C2CGenerationMixin(GenerationMixin):
@@ -72,7 +72,7 @@ class C2CGenerationMixin(GenerationMixin):
                 f"`prefill_chunk_size` must be None, but got {chunk_size}: fusion needs the prompt read as a whole."
             )
         alignments = kwargs.get("sharer_alignment")
-        if self.config.context_mode == "memory" and not self.fusion_enabled and alignments is not None:
+        if self.config.mode == "memory" and not self.fusion_enabled and alignments is not None:
             alignments = per_sharer(self.config, "sharer_alignment", alignments)
             mask = kwargs.get("attention_mask")
             kwargs["attention_mask"] = hide_slots(torch.ones_like(alignments[0]) if mask is None else mask, alignments)
@@ -87,14 +87,14 @@ class C2CGenerationMixin(GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         # The first hook that sees both ids and mask: from here on the prompt's end must be known, because assisted
         # decoding appends its candidates before the prefill.
-        if self.fusion_enabled and self.config.context_mode != "memory" and input_ids is not None:
+        if self.fusion_enabled and self.config.mode != "memory" and input_ids is not None:
             self._complete_sharer_inputs(input_ids, model_kwargs)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if model_kwargs.get("sharer_states") is not None:
-            states = states_per_sharer(model_kwargs["sharer_states"], self.config.num_sharers)
-            model_kwargs["sharer_states"] = states
+        if model_kwargs.get("sharer_caches") is not None:
+            states = states_per_sharer(model_kwargs["sharer_caches"], self.config.num_sharers)
+            model_kwargs["sharer_caches"] = states
         for name in SHARER_ARGUMENTS:
             if isinstance(model_kwargs.get(name), list | tuple):
                 model_kwargs[name] = [

@@ -6,15 +6,15 @@ import torch
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .absent import AbsentSharer
-from .adapters import trains
+from .checkpoints.absent_sharer import AbsentSharer
+from .checkpoints.receiver_adapter import trains
 from .configuration_c2c import C2CConfig
-from .memory import MemoryPlan, hide_slots, place_heads, plan_memory, read_heads, remember
-from .passes import check_length, kept_columns, new_length
-from .prefill import LayerStates, position_ids_from_mask
+from .inference.memory_slots import MemoryPlan, hide_slots, place_heads, plan_memory, read_heads, remember
+from .inference.passes import check_length, kept_columns, new_length
+from .inference.prefill import LayerStates, position_ids_from_mask
+from .inference.rotary import Rotation, layer_rotations, read_rotations
+from .inference.sharer_inputs import SharerText, new_positions, per_sharer, texts_as_given
 from .receiving import ReceivingMixin
-from .rope import Rotation, layer_rotations, read_rotations
-from .texts import SharerText, new_positions, per_sharer, texts_as_given
 
 
 class C2CMemoryMixin(ReceivingMixin):
@@ -36,15 +36,15 @@ class C2CMemoryMixin(ReceivingMixin):
             ValueError: A model's keys turn in an unknown way, or a sharer is not here to be asked.
         """
         if self._rotations is None:
-            recorded = self.config.sharer_rotations
-            if recorded is None and any(isinstance(sharer, AbsentSharer) for sharer in self.sharers):
+            recorded = [sharer.rotations for sharer in self.config.sharers]
+            if any(isinstance(s, AbsentSharer) and r is None for s, r in zip(self.sharers, recorded, strict=True)):
                 raise ValueError(
                     "`load_sharers=False` needs a memory fuser that records how the sharers' keys turn with their "
                     "position, which this one does not; load it with its sharers and save it again."
                 )
             self._rotations = [layer_rotations(self.receiver, "receiver")]
             for index, sharer in enumerate(self.sharers):
-                if recorded is not None and isinstance(sharer, AbsentSharer):
+                if isinstance(sharer, AbsentSharer):
                     self._rotations.append(read_rotations(recorded[index]))
                 else:
                     self._rotations.append(layer_rotations(sharer, "sharers"))
@@ -62,7 +62,7 @@ class C2CMemoryMixin(ReceivingMixin):
             return []
         if alignments is None:
             raise ValueError(
-                "`sharer_alignment` must be given with `context_mode='memory'`: it says which positions of the prompt "
+                "`sharer_alignment` must be given with `mode='memory'`: it says which positions of the prompt "
                 "are slots; use `C2CProcessor` to make all inputs."
             )
         seq_len, past_length = new_length(receiver_inputs), 0 if cache is None else int(cache.get_seq_length())
@@ -125,14 +125,14 @@ class C2CMemoryMixin(ReceivingMixin):
         """Return the receiver's states at slots and at the tokens in front of them, 0 elsewhere."""
         receiver_rotations, *sharer_rotations = self.rotations()
         self._read_texts(texts, plan.sharer_lengths, cache)
-        sharer_states = [text.state for text in texts]
+        sharer_caches = [text.state for text in texts]
         positions = [
             position_ids_from_mask(text.attention_mask) if text.position_ids is None else text.position_ids
             for text in texts
         ]
         position_ids = receiver_inputs["position_ids"]
         states = remember(
-            plan, self.fuser, sharer_states, positions, sharer_rotations, receiver_rotations, position_ids
+            plan, self.fuser, sharer_caches, positions, sharer_rotations, receiver_rotations, position_ids
         )
         dtype = self.receiver.dtype
         states = [(keys.to(dtype), values.to(dtype)) for keys, values in states]

@@ -9,25 +9,22 @@ from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .adapters import trains
-from .cache import C2CCache
-from .fusion import FusionPlan, fuse_states, plan_fusion
+from .checkpoints.receiver_adapter import trains
 from .generation import C2CGenerationMixin
-from .given_states import GivenStates, give_states
-from .memory_pass import C2CMemoryMixin
-from .passes import check_length, join_logits, kept_columns, new_length, slice_inputs
-from .passing_caches import RecordingCache
-from .prefill import (
+from .inference.cache import C2CCache
+from .inference.fusion import FusionPlan, fuse_states, plan_fusion
+from .inference.given_states import GivenStates, give_states
+from .inference.passes import check_length, join_logits, kept_columns, new_length, slice_inputs
+from .inference.passing_caches import RecordingCache
+from .inference.prefill import (
     LayerStates,
-    SharerState,
+    SharerCache,
     cached_states,
     full_length_cache,
     position_ids_from_mask,
     prefill,
 )
-from .pretrained_c2c import C2CPreTrainedModel
-from .side_by_side import Reading, side_by_side
-from .texts import (
+from .inference.sharer_inputs import (
     PerSharer,
     SharerText,
     continued_texts,
@@ -38,6 +35,9 @@ from .texts import (
     texts_as_given,
     texts_from_tokens,
 )
+from .inference.side_by_side import Reading, side_by_side
+from .memory_pass import C2CMemoryMixin
+from .pretrained_c2c import C2CPreTrainedModel
 
 
 class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
@@ -71,7 +71,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         sharer_alignment: PerSharer | None = None,
         sharer_position_ids: PerSharer | None = None,
         past_key_values: Cache | None = None,
-        sharer_states: GivenStates | None = None,
+        sharer_caches: GivenStates | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Read a prompt with all models and fuse, or decode further tokens.
@@ -95,7 +95,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
                 position, each reading its own.
             sharer_position_ids: `(batch_size, sharer_len)`. `None`: counted from the mask.
             past_key_values: The name of `cache` before transformers 5.24.
-            sharer_states: What the sharers have read of this very text elsewhere, in place of running them here; with
+            sharer_caches: What the sharers have read of this very text elsewhere, in place of running them here; with
                 several sharers a list, `None` for those that run here.
             **kwargs: Passed on to the receiver.
 
@@ -119,15 +119,15 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         }
         plan, texts = None, []
         sharer_inputs = (sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids)
-        if self.config.context_mode == "memory":
+        if self.config.mode == "memory":
             texts = self._memory_texts(receiver_inputs, cache, sharer_inputs)
             if texts:
-                give_states(self.config, texts, sharer_states)
+                give_states(self.config, texts, sharer_caches)
                 arguments = (receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
                 return self._receive_memory(texts, *arguments)
         elif self.fusion_enabled:
             texts = self._sharer_texts(receiver_inputs, labels, cache, sharer_inputs)
-            give_states(self.config, texts, sharer_states if texts else None)
+            give_states(self.config, texts, sharer_caches if texts else None)
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 receiver_inputs["position_ids"] = position_ids_from_mask(attention_mask)[:, -tokens.shape[1] :]
         if texts:
@@ -163,8 +163,8 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
 
         receiving = partial(self._clean_states, plan, receiver_inputs, own_cache, first_kept)
         states, clean_logits = self._read_texts(texts, plan.sharer_lengths, own_cache, (self.receiver, receiving))
-        sharer_states = [text.state for text in texts]
-        fuse_states(self.fuser, sharer_states, states, plan.tokens, self.config.fusion_mode)
+        sharer_caches = [text.state for text in texts]
+        fuse_states(self.fuser, sharer_caches, states, plan.tokens, self.config.fusion_mode)
 
         substituted = plan.substituted(seq_len)
         outputs = self._receive_tail(states, plan.tail_start, substituted, receiver_inputs, own_cache, keep, kwargs)
@@ -181,10 +181,10 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         A [`C2CCache`] remembers what they read. `beside`, the receiver's own reading, may go on at the same time; what
         it returns is returned.
         """
-        known: list[SharerState | None] = [None] * len(texts)
-        if isinstance(cache, C2CCache) and cache.sharer_states:
-            known = cache.sharer_states
-        shapes: Any = self.config.sharer_layer_shapes
+        known: list[SharerCache | None] = [None] * len(texts)
+        if isinstance(cache, C2CCache) and cache.sharer_caches:
+            known = cache.sharer_caches
+        shapes: Any = [sharer.layer_shapes for sharer in self.config.sharers]
         readings = [] if beside is None else [beside]
         for sharer, text, length, state, layers in zip(self.sharers, texts, lengths, known, shapes, strict=True):
             if text.state is not None:
@@ -197,7 +197,7 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
                 readings.append((sharer, partial(text.read, sharer, length, len(layers))))
         results = side_by_side(readings, texts[0].alignment.numel())
         if isinstance(cache, C2CCache):
-            cache.sharer_states = [text.state for text in texts]
+            cache.sharer_caches = [text.state for text in texts]
         return None if beside is None else results[0]
 
     def _clean_states(

@@ -9,14 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .absent import AbsentSharer
-from .adapters import load_adapter, set_adapter_mode
-from .alignment import build_token_table, own_bos_token_id
-from .configuration_c2c import C2CConfig
-from .downloads import HUB_KWARGS, check_subfolder
-from .fingerprints import fingerprint, tokenizer_hash
-from .fuser import Fuser, FuserGroup
-from .loading import (
+from .alignment.token_table import build_token_table, own_bos_token_id
+from .checkpoints.absent_sharer import AbsentSharer
+from .checkpoints.base_models import (
     VERIFY_HINT,
     BaseModel,
     base_models_to_load,
@@ -29,10 +24,15 @@ from .loading import (
     resolve_revision,
     verify_base_model,
 )
-from .memory_fuser import MemoryFuser
-from .prefill import input_device
+from .checkpoints.fuser_weights import check_fuser_weights, load_fuser_weights
+from .checkpoints.receiver_adapter import load_adapter, set_adapter_mode
+from .configuration_c2c import C2CConfig, SharerConfig
+from .fusers.c2c import C2CFuser, FuserGroup
+from .fusers.memory import MemoryFuser
+from .hub.download import HUB_KWARGS, check_subfolder
+from .inference.fingerprints import fingerprint, tokenizer_hash
+from .inference.prefill import input_device
 from .saving import C2CSavingMixin
-from .weights import check_fuser_weights, load_fuser_weights
 
 
 class C2CPreTrainedModel(C2CSavingMixin):
@@ -43,7 +43,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
     Args:
         config: The pair, the fuser's sizes and the alignment.
         receiver: The model that answers; `None`: made from `config.receiver_config` with random weights.
-        sharers: The models that lend their states; `None`: made from `config.sharer_configs` likewise.
+        sharers: The models that lend their states; `None`: made from `config.sharers` likewise.
 
     Raises:
         ValueError: A base model has no plain key/value cache, or other shapes than the configuration records.
@@ -70,7 +70,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
                 )
             receiver = AutoModelForCausalLM.from_config(config.receiver_config)
         if sharers is None:
-            sharers = [AutoModelForCausalLM.from_config(sharer) for sharer in config.sharer_configs or []]
+            sharers = [AutoModelForCausalLM.from_config(sharer.config) for sharer in config.sharers]
         if not sharers or len(sharers) != config.num_sharers:
             raise ValueError(
                 f"`sharers` must hold at least one model and as many as the configuration names "
@@ -79,13 +79,9 @@ class C2CPreTrainedModel(C2CSavingMixin):
         # The receiver comes first: transformers takes a model's device and dtype from its first parameter.
         self.receiver = receiver.requires_grad_(False).eval()
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
-        receiver_shapes, sharer_shapes = record_layer_shapes(config, receiver, sharers)
-        self.fuser: Any = nn.ModuleList(
-            MemoryFuser(receiver_shapes, shapes, config)
-            if config.context_mode == "memory"
-            else Fuser(receiver_shapes, shapes, config, index)
-            for index, shapes in enumerate(sharer_shapes)
-        )
+        record_layer_shapes(config, receiver, sharers)
+        fuser_class = MemoryFuser if config.mode == "memory" else C2CFuser
+        self.fuser: Any = nn.ModuleList(fuser_class(config, sharer) for sharer in config.sharers)
         self.fuser.to(device=input_device(receiver))
         for index, alignment in enumerate(config.token_alignments):
             size = receiver.get_input_embeddings().weight.shape[0]
@@ -134,24 +130,24 @@ class C2CPreTrainedModel(C2CSavingMixin):
             load_tokenizer(name, kwargs)
             for name, kwargs in zip(names, [receiver_kwargs or {}, *all_sharer_kwargs], strict=True)
         ]
-        if config_fields.get("context_mode") == "memory":
+        if config_fields.get("mode") == "memory":
             token_alignment = token_alignment or "span"
         alignments = resolve_alignments(token_alignment, models, tokenizers)
         hashes = [None if tokenizer is None else tokenizer_hash(tokenizer) for tokenizer in tokenizers]
         config = C2CConfig(
             receiver_name_or_path=names[0],
             receiver_revision=revisions[0],
-            sharer_names_or_paths=names[1:],
-            sharer_revisions=revisions[1:],
             receiver_config=models[0].config,
-            sharer_configs=[model.config for model in models[1:]],
             receiver_fingerprint=fingerprint(models[0]),
-            sharer_fingerprints=[fingerprint(model) for model in models[1:]],
             receiver_tokenizer_hash=hashes[0],
-            sharer_tokenizer_hashes=hashes[1:],
-            token_alignment=alignments[0] if len(set(alignments)) == 1 else alignments,
-            **config_fields,
+            sharers=[
+                SharerConfig(name, revision, model.config, None, fingerprint(model), tokenizer_hash, alignment)
+                for name, revision, model, tokenizer_hash, alignment in zip(
+                    names[1:], revisions[1:], models[1:], hashes[1:], alignments, strict=True
+                )
+            ],
         )
+        config.override(config_fields)
         model = cls(config, models[0], models[1:])
         for index, alignment in enumerate(alignments):
             if alignment in ("first", "longest"):
@@ -178,9 +174,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
         table: torch.Tensor = getattr(self, f"token_table_{sharer_index}")
         built = build_token_table(receiver_tokenizer, sharer_tokenizer, strategy, vocab_size=len(table))
         table.copy_(built[: len(table)])
-        bos_token_ids = list(self.config.sharer_bos_token_ids or [None] * self.config.num_sharers)
-        bos_token_ids[sharer_index] = own_bos_token_id(sharer_tokenizer)
-        self.config.sharer_bos_token_ids = bos_token_ids
+        self.config.sharers[sharer_index].bos_token_id = own_bos_token_id(sharer_tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -213,7 +207,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
             attn_implementation: Attention of the base models, such as `"flash_attention_2"`.
             verify_base_models: Compare the base models' weights and revisions with those recorded; of quantized ones,
                 whose weights cannot be compared, the vocabularies.
-            load_sharers: Off, no sharer is loaded: what they have read comes as `sharer_states`.
+            load_sharers: Off, no sharer is loaded: what they have read comes as `sharer_caches`.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
                 fuser is on the Hub; fields of [`C2CConfig`] override the saved ones.
 
@@ -246,10 +240,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
             attn_implementation = attn_implementation or config._attn_implementation
         shared = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         shared = {key: value for key, value in shared.items() if value is not None}
-        C2CConfig.check_names(kwargs)
-        for key, value in kwargs.items():
-            setattr(config, key, value)
-        config._check_fields()
+        config.override(kwargs)
         # Configuration and weights must be those of one commit, also where the repository changes in between.
         revision = resolve_revision(str(pretrained_model_name_or_path), hub_kwargs)
         hub_kwargs.update({} if revision is None else {"revision": revision})
@@ -260,8 +251,8 @@ class C2CPreTrainedModel(C2CSavingMixin):
             raise ValueError("`sharers` must be None with `load_sharers=False`, which leaves them out.")
         base_models = base_models_to_load(config, receiver, sharers, load_sharers)
         all_kwargs = [receiver_kwargs or {}, *per_sharer_kwargs(sharer_kwargs, config.num_sharers)]
-        revisions = [config.receiver_revision, *(config.sharer_revisions or [None] * config.num_sharers)]
-        fingerprints = [config.receiver_fingerprint, *(config.sharer_fingerprints or [None] * config.num_sharers)]
+        revisions = [config.receiver_revision, *(sharer.revision for sharer in config.sharers)]
+        fingerprints = [config.receiver_fingerprint, *(sharer.fingerprint for sharer in config.sharers)]
         models = []
         for index, (base, base_kwargs) in enumerate(zip(base_models, all_kwargs, strict=True)):
             role = "receiver" if index == 0 else "sharers"
@@ -277,7 +268,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
             models.append(model)
         built = cls(config, models[0], models[1:])
         if verify_base_models:
-            hashes = [config.receiver_tokenizer_hash, *(config.sharer_tokenizer_hashes or [None] * config.num_sharers)]
+            hashes = [config.receiver_tokenizer_hash, *(sharer.tokenizer_hash for sharer in config.sharers)]
             for index, model in enumerate(models):
                 role = "receiver" if index == 0 else "sharers"
                 verify_base_model(role, model, fingerprints[index], hashes[index], {**hub_access, **all_kwargs[index]})
@@ -301,7 +292,7 @@ class C2CPreTrainedModel(C2CSavingMixin):
         """Do nothing: the fusers' weights take gradients by themselves, whatever the receiver's embeddings do."""
 
     @contextmanager
-    def alone(self) -> Iterator["C2CPreTrainedModel"]:
+    def disable_fusion(self) -> Iterator["C2CPreTrainedModel"]:
         """Switch fusion off: within this context every output equals the receiver's own."""
         enabled, self.fusion_enabled = self.fusion_enabled, False
         try:

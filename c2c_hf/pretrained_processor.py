@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
-from .alignment import build_token_table, check_choice, same_vocabulary
-from .configuration_c2c import CONTEXT_MODES, TOKEN_ALIGNMENTS
-from .downloads import HUB_KWARGS, fetch_folder
-from .fingerprints import tokenizer_hash
-from .remote_code import write_code
+from .alignment.token_table import build_token_table, check_choice, same_vocabulary
+from .checkpoints.remote_code import write_code
+from .configuration_c2c import MODES, TOKEN_ALIGNMENTS
+from .hub.download import HUB_KWARGS, fetch_folder
+from .inference.fingerprints import tokenizer_hash
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,7 +50,7 @@ class C2CPreTrainedProcessor(ProcessorMixin):
         sharer_tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase],
         token_alignment: str | Sequence[str] | None = None,
         add_sharer_bos: bool = True,
-        context_mode: str = "slice",
+        mode: str = "fusion",
         memory_sink_tokens: int = 1,
         unknown: str = "skip",
         partial_characters: str = "skip",
@@ -61,7 +61,7 @@ class C2CPreTrainedProcessor(ProcessorMixin):
         self.sharer_tokenizers = list(sharers)
         self.token_alignment = token_alignment
         self.add_sharer_bos = add_sharer_bos
-        self.context_mode = context_mode
+        self.mode = mode
         self.memory_sink_tokens = memory_sink_tokens
         self.unknown = unknown
         self.partial_characters = partial_characters
@@ -73,12 +73,12 @@ class C2CPreTrainedProcessor(ProcessorMixin):
             raise ValueError("`sharer_tokenizers` is empty: give at least one sharer's tokenizer.")
         check_choice("unknown", unknown, ("skip", "unk"))
         check_choice("partial_characters", partial_characters, ("skip", "replace"))
-        check_choice("context_mode", context_mode, CONTEXT_MODES)
-        if context_mode == "memory" and token_alignment is None:
+        check_choice("mode", mode, MODES)
+        if mode == "memory" and token_alignment is None:
             token_alignment = "span"
         self.token_alignments = self._resolve_alignments(token_alignment)
-        if context_mode == "memory" and set(self.token_alignments) != {"span"}:
-            raise ValueError(f"`context_mode='memory'` needs `token_alignment='span'`, got {self.token_alignments}.")
+        if mode == "memory" and set(self.token_alignments) != {"span"}:
+            raise ValueError(f"`mode='memory'` needs `token_alignment='span'`, got {self.token_alignments}.")
         if chat_template is not None and chat_template != tokenizer.chat_template:
             self.tokenizer = copy.deepcopy(tokenizer)
             self.chat_template = chat_template
@@ -175,7 +175,7 @@ class C2CPreTrainedProcessor(ProcessorMixin):
             "num_sharers": len(self.sharer_tokenizers),
             "token_alignment": list(self.token_alignments),
             "add_sharer_bos": self.add_sharer_bos,
-            "context_mode": self.context_mode,
+            "mode": self.mode,
             "memory_sink_tokens": self.memory_sink_tokens,
             "unknown": self.unknown,
             "partial_characters": self.partial_characters,
@@ -247,7 +247,7 @@ class C2CPreTrainedProcessor(ProcessorMixin):
         config, _ = cls.get_processor_dict(folder)
         tokenizer_kwargs = {key: kwargs.pop(key) for key in TOKENIZER_KWARGS if key in kwargs}
         fields = (
-            *("token_alignment", "add_sharer_bos", "context_mode", "memory_sink_tokens", "unknown"),
+            *("token_alignment", "add_sharer_bos", "mode", "memory_sink_tokens", "unknown"),
             "partial_characters",
         )
         if unexpected := [key for key in kwargs if key not in fields and not key.startswith("_")]:

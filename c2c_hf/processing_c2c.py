@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
-from .alignment import Segment, align_spans, apply_token_table, mask_last_position, own_bos_token_id
-from .alignment_report import AlignmentReport, alignment_report
-from .batching import BatchLayout
-from .chat import Chat, Message, chat_segments, plain_messages
+from .alignment.chat_template import Chat, Message, chat_segments, plain_messages
+from .alignment.padding import BatchLayout
+from .alignment.report import AlignmentReport, alignment_report
+from .alignment.token_table import Segment, align_spans, apply_token_table, mask_last_position, own_bos_token_id
 from .pretrained_processor import C2CPreTrainedProcessor
 
 #: Ids and character offsets; no offsets where nothing is aligned by `span`.
@@ -29,7 +29,7 @@ class C2CProcessor(C2CPreTrainedProcessor):
         token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`, one for all or one per sharer. Default:
             `"identity"` where the vocabularies are the same, else `"span"`.
         add_sharer_bos: Give sharers the BOS their own tokenizer writes. Off, they read as in the reference.
-        context_mode: What becomes of `sharer_context`, see [`C2CConfig`]: `"slice"`, or `"memory"`, where the prompt
+        mode: What becomes of `sharer_context`, see [`C2CConfig`]: `"fusion"`, or `"memory"`, where the prompt
             gets a slot for each of its tokens.
         memory_sink_tokens: Number of the prompt's tokens in front of the slots.
         unknown: Of the token tables, see [`~alignment.build_token_table`].
@@ -100,7 +100,7 @@ class C2CProcessor(C2CPreTrainedProcessor):
         heads = self._heads(sharer_context, len(texts), "text")
         cut = (truncation, max_length)
         receiver = [self._tokenize(self.tokenizer, t, add_special_tokens, *cut) for t in texts]
-        if self.context_mode == "memory":
+        if self.mode == "memory":
             return self._memory_batch(receiver, heads, isinstance(text, str), layout, add_sharer_bos, cut)
 
         def sharer_rows(index: int, bos: bool) -> list[tuple[Tokenized, list[Segment]]]:
@@ -182,7 +182,7 @@ class C2CProcessor(C2CPreTrainedProcessor):
             return ours[0].text if single else [chat.text for chat in ours]
         cut = (truncation, max_length)
         receiver = [self._tokenize(self.tokenizer, chat.text, False, *cut) for chat in ours]
-        if self.context_mode == "memory":
+        if self.mode == "memory":
             batch = self._memory_batch(receiver, heads, single, layout, add_sharer_bos, cut)
             return batch if return_dict else batch["input_ids"]
 
@@ -212,7 +212,7 @@ class C2CProcessor(C2CPreTrainedProcessor):
             raise ValueError(
                 f"`sharer_context` has {len(contexts)} entries for {count} in `{name}`: give one per entry."
             )
-        if self.context_mode == "memory":
+        if self.mode == "memory":
             return contexts
         return [f"{context}\n\n" if context else "" for context in contexts]
 

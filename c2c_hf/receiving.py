@@ -7,10 +7,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ._compat import CACHE_ARGUMENT, accepts_argument
-from .cache import C2CCache
-from .output_head import contiguous_head
-from .passes import fill_cache, new_length, slice_inputs, states_from
-from .prefill import LayerStates
+from .inference.cache import C2CCache
+from .inference.output_head import contiguous_head
+from .inference.passes import fill_cache, new_length, slice_inputs, states_from
+from .inference.prefill import LayerStates
 
 
 class ReceivingMixin:

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from .absent import AbsentSharer
-from .adapters import ADAPTER_FOLDER, has_adapter, save_adapter
-from .hub import publish_fuser
+from .checkpoints.absent_sharer import AbsentSharer
+from .checkpoints.fuser_weights import is_own_weight
+from .checkpoints.receiver_adapter import ADAPTER_FOLDER, has_adapter, save_adapter
+from .checkpoints.remote_code import write_code
+from .hub.publish import publish_fuser
+from .inference.rotary import describe_rotations
 from .processing_c2c import C2CProcessor
-from .remote_code import write_code
-from .rope import describe_rotations
-from .weights import is_own_weight
 
 #: What `save_pretrained(push_to_hub=True)` hands on.
 _PUSHING = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description", "license")
@@ -69,9 +69,10 @@ class C2CSavingMixin(PreTrainedModel):
             raise ValueError(f"`save_directory` must be a folder, but {str(target)!r} is a file.")
         pushing = {key: kwargs.pop(key) for key in _PUSHING if key in kwargs}
         if is_main_process:
-            if self.config.context_mode == "memory" and not any(isinstance(s, AbsentSharer) for s in self.sharers):
+            if self.config.mode == "memory" and not any(isinstance(s, AbsentSharer) for s in self.sharers):
                 # Where the sharers are not, nothing else tells.
-                self.config.sharer_rotations = [describe_rotations(found) for found in self.rotations()[1:]]
+                for sharer, found in zip(self.config.sharers, self.rotations()[1:], strict=True):
+                    sharer.rotations = describe_rotations(found)
             target.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
             try:
@@ -137,7 +138,10 @@ class C2CSavingMixin(PreTrainedModel):
             OSError: The Hub refuses or does not answer, or the disk is full; nothing is committed then.
         """
         if processor is None:
-            names: list[Any] = [self.config.receiver_name_or_path, *(self.config.sharer_names_or_paths or [None])]
+            names: list[Any] = [
+                self.config.receiver_name_or_path,
+                *(sharer.name_or_path for sharer in self.config.sharers),
+            ]
             if None in names:
                 raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
             processor = C2CProcessor.from_receiver_and_sharers(names[0], names[1:], self.config.token_alignments)

@@ -7,9 +7,9 @@ import argparse
 import tempfile
 
 from c2c_hf import C2CTrainer, C2CTrainingArguments
-from c2c_hf.demo import load_fuser
-from c2c_hf.training_data import prepare_dataset
-from c2c_hf.training_rows import load_rows
+from c2c_hf.demo.local_pair import load_fuser
+from c2c_hf.training.dataset import prepare_dataset
+from c2c_hf.training.rows import load_rows
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         arguments = C2CTrainingArguments(folder, bf16=options.dtype == "bfloat16", use_cpu=True, **fields)
         trainer = C2CTrainer(model, arguments, eval_dataset=examples, processing_class=processor)
         fused = trainer.evaluate()["eval_loss"]
-        with model.alone():
+        with model.disable_fusion():
             alone = trainer.evaluate()["eval_loss"]
     print(f"{len(examples)} answers, loss per token: fused {fused:.3f}, receiver alone {alone:.3f}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from c2c_hf.benchmark_runs import PAIRS, PARTS, plot_cost, run_benchmark
+from c2c_hf.benchmarks.runs import PAIRS, PARTS, plot_cost, run_benchmark
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from c2c_hf import C2CForCausalLM, C2CProcessor, SharerState
+from c2c_hf import C2CForCausalLM, C2CProcessor, SharerCache
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     if not path.exists():
         start = time.perf_counter()
         inputs = processor("?", sharer_context=document)
-        state = SharerState.read(model.sharers[0], inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
+        state = SharerCache.prefill(model.sharers[0], inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
         size = len(state.to_safetensors(path))
         print(f"The sharer read the document in {time.perf_counter() - start:.2f} s; {path} has {size / 1e6:.1f} MB.")
 
@@ -41,8 +41,8 @@ def main() -> None:
         start = time.perf_counter()
         chat = [{"role": "user", "content": question}]
         inputs = processor.apply_chat_template(chat, sharer_context=document)
-        state = SharerState.from_safetensors(path)
-        out = model.generate(**inputs, sharer_states=state, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        state = SharerCache.from_safetensors(path)
+        out = model.generate(**inputs, sharer_caches=state, max_new_tokens=arguments.max_new_tokens, do_sample=False)
         answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"\n{question} ({time.perf_counter() - start:.2f} s)\n{answer.strip()}")
 

@@ -8,8 +8,8 @@ python examples/generate.py --fuser me/my-fuser                   # a trained on
 import argparse
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
-from c2c_hf.compare import answer_side_by_side
-from c2c_hf.demo import local_pair, questions
+from c2c_hf.demo.compare import answer_side_by_side
+from c2c_hf.demo.local_pair import local_pair, questions
 
 
 def main() -> None:

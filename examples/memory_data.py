@@ -12,8 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from c2c_hf.private_facts import private_facts
-from c2c_hf.training_rows import load_rows
+from c2c_hf.evaluation.private_facts import private_facts
+from c2c_hf.training.rows import load_rows
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import argparse
 
 import numpy as np
 
-from c2c_hf.demo import load_fuser
+from c2c_hf.demo.local_pair import load_fuser
 from c2c_hf.evaluation.passages import score_difference, score_passages, share_of_reading
-from c2c_hf.training_rows import load_rows
+from c2c_hf.training.rows import load_rows
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ CHOICES = [
 ]
 
 
-def pair(sharers: int = 1, chat: bool = True, mode: str = "slice") -> tuple[C2CForCausalLM, C2CProcessor]:
+def pair(sharers: int = 1, chat: bool = True, mode: str = "fusion") -> tuple[C2CForCausalLM, C2CProcessor]:
     """A byte-level receiver and metaspace sharers with BOS, fused strongly."""
     template = {} if chat else {"chat_template": None}
     tokenizers = [byte_level_tokenizer(**template), metaspace_tokenizer(), byte_level_tokenizer(vocab_size=330)]
@@ -38,9 +38,9 @@ def pair(sharers: int = 1, chat: bool = True, mode: str = "slice") -> tuple[C2CF
         token_alignment="span",
         fuser_hidden_size=16,
         fuser_intermediate_size=16,
-        context_mode=mode,
+        mode=mode,
     )
-    processor = C2CProcessor(tokenizers[0], tokenizers[1:], token_alignment="span", context_mode=mode)
+    processor = C2CProcessor(tokenizers[0], tokenizers[1:], token_alignment="span", mode=mode)
     return randomize_fuser(model, 9), processor
 
 

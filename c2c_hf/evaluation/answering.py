@@ -16,12 +16,12 @@ from transformers import (
 )
 
 from .._compat import accepts_argument
-from ..adapters import adapter_disabled
-from ..chat import Message, plain_messages
-from ..continuations import scores_after
-from ..output_head import contiguous_head
-from ..passes import check_length
-from ..prefill import position_ids_from_mask
+from ..alignment.chat_template import Message, plain_messages
+from ..checkpoints.receiver_adapter import adapter_disabled
+from ..inference.loglikelihood import scores_after
+from ..inference.output_head import contiguous_head
+from ..inference.passes import check_length
+from ..inference.prefill import position_ids_from_mask
 
 #: What a tokenizer or processor makes, each sharer's tensors in a list.
 Inputs = dict[str, Any]

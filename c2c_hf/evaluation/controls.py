@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..inference.prefill import SharerCache
 from ..modeling_c2c import C2CForCausalLM
-from ..prefill import SharerState
 from .answering import Inputs
 
 
@@ -39,7 +39,7 @@ class Control:
         """
         return inputs
 
-    def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
+    def change_state(self, state: SharerCache, seeds: Sequence[int]) -> None:
         """Change in place what one sharer has read, before it is fused."""
 
     @property
@@ -61,7 +61,7 @@ class Alone(Control):
     @contextmanager
     def around(self, model: C2CForCausalLM) -> Iterator[None]:
         """Switch fusion off."""
-        with model.alone():
+        with model.disable_fusion():
             yield
 
 
@@ -124,7 +124,7 @@ class Shuffled(Control):
 class Zero(Control):
     """The sharers' states are all zero."""
 
-    def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
+    def change_state(self, state: SharerCache, seeds: Sequence[int]) -> None:
         """Fill all keys and values with zeros."""
         for entry in state.entries():
             entry.zero_()
@@ -133,7 +133,7 @@ class Zero(Control):
 class Noise(Control):
     """Random directions, each with the norm of the state that it replaces."""
 
-    def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
+    def change_state(self, state: SharerCache, seeds: Sequence[int]) -> None:
         """Replace keys and values, per layer, head and real token."""
         for row, seed in enumerate(seeds):
             real = state.attention_mask[row].bool()

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..adapters import has_adapter
+from ..checkpoints.receiver_adapter import has_adapter
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .answering import PlainAnswerer
@@ -40,7 +40,7 @@ def evaluate(
     self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
     template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
-    slice_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
+    fusion_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a fuser against baselines and controls on the same items.
 
@@ -62,7 +62,7 @@ def evaluate(
         self_fuser: A pair whose sharer is its receiver, for the method `self`.
         template_kwargs: Handed to every chat template, such as `{"enable_thinking": False}`.
         background_tokens: Longest background of the method `text_to_text`.
-        slice_fuser: A pair with `context_mode="slice"`, for the method `slice`.
+        fusion_fuser: A pair with `mode="fusion"`, for the method `slice`.
 
     Returns:
         What `metrics.json` holds.
@@ -77,11 +77,11 @@ def evaluate(
         methods = list(dict.fromkeys(["receiver", "sharer", *methods]))
     answered = [method for method in methods if method not in DERIVED]
     answering = build_methods(
-        answered, model, processor, adapter, self_fuser, template_kwargs, background_tokens, slice_fuser
+        answered, model, processor, adapter, self_fuser, template_kwargs, background_tokens, fusion_fuser
     )
     loaded = load_tasks(tasks, None if data_dir is None else str(data_dir), limit, seed)
     bare = [task.name for task in loaded if not any(item.context for item in task.items)]
-    if model.config.context_mode == "memory" and bare:
+    if model.config.mode == "memory" and bare:
         raise ValueError(
             f"`tasks`: {bare} have no contexts, without which a memory fuser changes nothing; choose tasks that do, "
             "such as 'private_facts'."
@@ -138,9 +138,9 @@ def _settings(model: C2CForCausalLM, **choices: Any) -> dict[str, Any]:
         "receiver": config.receiver_name_or_path,
         "receiver_revision": config.receiver_revision,
         "receiver_fingerprint": config.receiver_fingerprint,
-        "sharers": config.sharer_names_or_paths,
-        "sharer_revisions": config.sharer_revisions,
-        "sharer_fingerprints": config.sharer_fingerprints,
+        "sharers": [sharer.name_or_path for sharer in config.sharers],
+        "sharer_revisions": [sharer.revision for sharer in config.sharers],
+        "sharer_fingerprints": [sharer.fingerprint for sharer in config.sharers],
         "token_alignment": config.token_alignments,
         "dtype": str(model.receiver.dtype).removeprefix("torch."),
         "device": str(model.device),

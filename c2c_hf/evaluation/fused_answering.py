@@ -8,9 +8,9 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import CACHE_ARGUMENT
-from ..cache import C2CCache
+from ..inference.cache import C2CCache
+from ..inference.prefill import position_ids_from_mask, read_text
 from ..modeling_c2c import C2CForCausalLM
-from ..prefill import position_ids_from_mask, read_text
 from ..processing_c2c import C2CProcessor
 from .answering import Answerer, Inputs, Query, now
 from .controls import Control
@@ -95,7 +95,7 @@ class C2CAnswerer(Answerer):
 
     def _reads_first(self) -> bool:
         """Say whether the sharers read before the model is called, in time of their own."""
-        if self.control.changes_states or self.c2c_model.config.context_mode == "memory":
+        if self.control.changes_states or self.c2c_model.config.mode == "memory":
             return True
         # On a processor the model lets receiver and sharers read at the same time, which this would undo.
         return self.c2c_model.device.type != "cpu"
@@ -104,17 +104,17 @@ class C2CAnswerer(Answerer):
         """Let the sharers read first: the model finds in the cache what they have read, and goes on from there."""
         cache = C2CCache(DynamicCache(config=self.c2c_model.receiver.config.get_text_config()))
         texts = zip(inputs["sharer_input_ids"], inputs["sharer_attention_mask"], strict=True)
-        shapes: Any = self.c2c_model.config.sharer_layer_shapes
+        shapes: Any = [sharer.layer_shapes for sharer in self.c2c_model.config.sharers]
         for sharer, (ids, mask), layers in zip(self.c2c_model.sharers, texts, shapes, strict=True):
             state = read_text(sharer, ids, mask, num_layers=len(layers))
             self.control.change_state(state, seeds)
-            cache.sharer_states.append(state)
+            cache.sharer_caches.append(state)
         return cache
 
     @contextmanager
     def _gates_watched(self, inputs: Inputs) -> Iterator[None]:
         config = self.c2c_model.config
-        if config.context_mode == "memory" or config.fuse_response:
+        if config.mode == "memory" or config.fuse_response:
             # There are no gates, or they open anew for every token of the answer.
             yield
             return

@@ -106,7 +106,7 @@ class C2CLM(HFLM):
         results: dict[int, tuple[float, bool]] = {}
         empty = [index for index, request in enumerate(requests) if not request.args[0]]
         if empty:
-            with self.model.alone():
+            with self.model.disable_fusion():
                 alone = super().loglikelihood([requests[index] for index in empty], disable_tqdm)
             results.update(zip(empty, alone, strict=True))
         by_prompt: dict[str, list[int]] = {}
@@ -130,7 +130,7 @@ class C2CLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts under the receiver alone: there is no prompt to fuse."""
-        with self.model.alone():
+        with self.model.disable_fusion():
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -22,7 +22,7 @@ _BASELINES = (
     ("receiver", "none", "nobody has read it"),
     ("reader", "reading", "the receiver reads it"),
     ("sharer", "", "the sharer reads it, and answers"),
-    ("slice", "", "the sharer reads it, a fuser of the other mode fuses the question"),
+    ("fusion", "", "the sharer reads it, a fuser of the other mode fuses the question"),
 )
 
 
@@ -30,7 +30,7 @@ def memory_report(
     fusers: Iterable[tuple[str, Pair]],
     folder: Path,
     passages: Sequence[Mapping[str, Any]] = (),
-    slice_fuser: Pair | None = None,
+    fusion_fuser: Pair | None = None,
     batch_size: int = 16,
     limit: int | None = None,
 ) -> Iterator[str]:
@@ -43,7 +43,7 @@ def memory_report(
         fusers: Names and pairs; what does not depend on the fuser is done by the first one.
         folder: Takes a folder of answers for each of them.
         passages: Rows of `id`, `sharer_context` and `messages`, see [`~passages.score_passages`]; may be empty.
-        slice_fuser: A pair with `context_mode="slice"`, for comparison.
+        fusion_fuser: A pair with `mode="fusion"`, for comparison.
         batch_size: Facts read together.
         limit: Number of facts; `None`: all.
     """
@@ -52,7 +52,7 @@ def memory_report(
     base_scores: dict[str, list[float]] = {}
     for name, pair in fusers:
         is_first = not base_facts
-        facts = _facts(pair, folder / name, is_first, slice_fuser if is_first else None, batch_size, limit)
+        facts = _facts(pair, folder / name, is_first, fusion_fuser if is_first else None, batch_size, limit)
         scores = _passages(pair, folder / name / "passages.json", passages, is_first)
         if is_first:
             base_facts, base_scores = facts, scores
@@ -74,12 +74,12 @@ def memory_report(
 
 
 def _facts(
-    pair: Pair, folder: Path, is_first: bool, slice_fuser: Pair | None, batch_size: int, limit: int | None
+    pair: Pair, folder: Path, is_first: bool, fusion_fuser: Pair | None, batch_size: int, limit: int | None
 ) -> dict[str, list[int]]:
     """Return per method whether each item was answered rightly, in one order."""
     methods = [*(["receiver", "reader", "sharer"] if is_first else []), "c2c", "mismatched"]
-    methods += [] if slice_fuser is None else ["slice"]
-    options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "slice_fuser": slice_fuser}
+    methods += [] if fusion_fuser is None else ["fusion"]
+    options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "fusion_fuser": fusion_fuser}
     evaluate(*pair, folder, ["private_facts"], methods, **options)
     lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     by_method = group_records([json.loads(line) for line in lines])["private_facts"]

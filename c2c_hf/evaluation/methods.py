@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..adapters import ADAPTER_FOLDER, add_adapter, has_adapter
+from ..checkpoints.receiver_adapter import ADAPTER_FOLDER, add_adapter, has_adapter
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .answering import Answerer, ContinuationScore, PlainAnswerer, Query, Seconds, Written, put_in_front
@@ -24,7 +24,7 @@ METHODS = {
     "routing": "the half of the questions that the receiver is least sure of goes to the largest sharer",
     "lora": "the receiver with a LoRA adapter, its fuser's own unless another is given",
     "c2c": "the receiver with the sharers' caches fused in",
-    "slice": "C2C by another fuser, to which the context comes through the question's own positions",
+    "fusion": "C2C by another fuser, to which the context comes through the question's own positions",
     "mismatched": "C2C, but the sharers read another question, or another one's context",
     "shuffled": "C2C, but the sharers' positions are handed out in random order",
     "zero": "C2C, but the sharers' states are zero",
@@ -124,7 +124,7 @@ def build_methods(
     self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
     template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
-    slice_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
+    fusion_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
 ) -> dict[str, Method]:
     """Build methods; with several sharers `sharer` becomes `sharer_0`, `sharer_1`, ...
 
@@ -137,14 +137,14 @@ def build_methods(
         self_fuser: A pair whose sharer is its receiver, for `self`.
         template_kwargs: Handed to every chat template.
         background_tokens: Longest background of `text_to_text`.
-        slice_fuser: A pair with `context_mode="slice"`, for `slice`.
+        fusion_fuser: A pair with `mode="fusion"`, for `fusion`.
 
     Raises:
         ValueError: A name is unknown, or what its method needs is missing.
     """
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"`methods` must be among {list(METHODS)}, but got {unknown}.")
-    if "gates_off" in names and model.config.context_mode == "memory":
+    if "gates_off" in names and model.config.mode == "memory":
         raise ValueError("`methods`: 'gates_off' needs gates, which a memory fuser does not have.")
     receiver = PlainAnswerer(model.receiver, processor.tokenizer)
     sharers = [
@@ -173,10 +173,10 @@ def build_methods(
             if self_fuser is None:
                 raise ValueError("`methods`: 'self' needs `self_fuser`, a fuser whose sharer is the receiver.")
             methods[name] = C2CAnswerer(*self_fuser)
-        elif name == "slice":
-            if slice_fuser is None:
-                raise ValueError("`methods`: 'slice' needs `slice_fuser`, a fuser with `context_mode='slice'`.")
-            methods[name] = C2CAnswerer(*slice_fuser)
+        elif name == "fusion":
+            if fusion_fuser is None:
+                raise ValueError("`methods`: 'fusion' needs `fusion_fuser`, a fuser with `mode='fusion'`.")
+            methods[name] = C2CAnswerer(*fusion_fuser)
     for answerer in (receiver, *sharers, *methods.values()):
         if isinstance(answerer, Answerer):
             answerer.template_kwargs = template_kwargs or {}

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from transformers.utils.logging import tqdm
 
-from ..continuations import continuation_scores
+from ..inference.loglikelihood import continuation_scores
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 
@@ -26,7 +26,7 @@ def score_passages(
     """Score answers about passages.
 
     Args:
-        model: A pair with `context_mode="memory"`.
+        model: A pair with `mode="memory"`.
         processor: The pair's.
         rows: `sharer_context`, the passage, and `messages`, a question and its answer.
         conditions: Of [`CONDITIONS`]; a mismatched passage is that of the row half of the rows away.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from .._compat import CACHE_ARGUMENT
+from ..inference.prefill import SharerCache, cached_states, full_length_cache
 from ..modeling_c2c import C2CForCausalLM
-from ..prefill import SharerState, cached_states, full_length_cache
 from .answering import Inputs
 from .controls import Control
 
@@ -49,7 +49,7 @@ class Rounded(Control):
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
-    def change_state(self, state: SharerState, seeds: Sequence[int]) -> None:
+    def change_state(self, state: SharerCache, seeds: Sequence[int]) -> None:
         """Round in place."""
         largest = 2 ** (self.bits - 1) - 1
         for entry in state.entries():
@@ -63,7 +63,7 @@ def _value_changes(model: C2CForCausalLM, inputs: Inputs) -> torch.Tensor:
     names = ("input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment")
     fused, clean = full_length_cache(), full_length_cache()
     model(**{name: inputs[name] for name in names}, **{CACHE_ARGUMENT: fused}, logits_to_keep=1)
-    with model.alone():
+    with model.disable_fusion():
         model(**{name: inputs[name] for name in names[:2]}, **{CACHE_ARGUMENT: clean}, logits_to_keep=1)
     pairs = zip(cached_states(fused), cached_states(clean), strict=True)
     changes = [(values - own).float().square().sum((1, 3)) for (_, values), (_, own) in pairs]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..state_file import write_whole
+from ..inference.state_file import write_whole
 
 logger = logging.getLogger(__name__)
 

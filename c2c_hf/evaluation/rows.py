@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset
 from huggingface_hub import hf_hub_download
 
-from ..private_facts import private_facts
+from .private_facts import private_facts
 
 Row = dict[str, Any]
 

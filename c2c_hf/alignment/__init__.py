@@ -1,0 +1,1 @@
+"""Token alignment between two tokenizers; no models."""

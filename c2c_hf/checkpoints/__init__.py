@@ -1,0 +1,1 @@
+"""Base models, fuser weights, fingerprints and adapters: loading, comparing, saving."""

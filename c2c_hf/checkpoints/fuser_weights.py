@@ -1,0 +1,95 @@
+"""Reading of saved fuser weights, which trusts nothing that stands in the files."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..hub.download import check_download, check_subfolder, find_file
+
+
+def is_own_weight(name: str) -> bool:
+    """Say whether a weight is this package's, by its name; all others belong to base models."""
+    return name.startswith(("fuser.", "token_table_"))
+
+
+def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Read the weights of a saved fuser, from one safetensors file or from shards.
+
+    Args:
+        name_or_path: Hub id or folder.
+        hub_kwargs: Where on the Hub, see `HUB_KWARGS`.
+
+    Raises:
+        OSError: No safetensors file there, or the Hub does not answer.
+        ValueError: A damaged file, or an index or a subfolder that points outside the folder.
+    """
+    name = str(name_or_path)
+    check_subfolder(hub_kwargs.get("subfolder"))
+    single_path = find_file(name, SAFE_WEIGHTS_NAME, hub_kwargs)
+    if single_path is not None:
+        return read_safetensors(single_path)
+    index_path = find_file(name, SAFE_WEIGHTS_INDEX_NAME, hub_kwargs)
+    if index_path is None:
+        raise OSError(
+            f"`pretrained_model_name_or_path`: {name!r} holds no {SAFE_WEIGHTS_NAME}, so it is no saved fuser."
+        )
+    try:
+        shards = sorted(set(json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The index {SAFE_WEIGHTS_INDEX_NAME} of {name!r} is damaged; download or save it anew."
+        ) from error
+    weights: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ValueError(f"The index of {name!r} names {shard!r}, which is no safetensors file in its own folder.")
+        path = find_file(name, shard, hub_kwargs)
+        if path is None:
+            raise OSError(f"{name!r} lacks the shard {shard}; download or save it anew.")
+        weights.update(read_safetensors(path))
+    return weights
+
+
+def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """Read one file, from the Hub's cache or anywhere else.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    check_download(Path(path))
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{Path(path).name} is truncated or no safetensors file ({error}); download or save it anew."
+        ) from error
+
+
+def check_fuser_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Compare names and shapes of saved weights with those that the configuration and the base models ask for.
+
+    Raises:
+        ValueError: They differ.
+    """
+    missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"The checkpoint is not that of this fuser: {_some(missing)} missing and {_some(foreign)} unknown."
+        )
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"The checkpoint does not fit: {name} has shape {tuple(value.shape)}, but the configuration and base "
+                f"models ask for {tuple(expected[name].shape)}."
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} weights ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else "none"

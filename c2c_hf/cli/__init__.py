@@ -1,0 +1,1 @@
+"""The command `c2c`, one file per group of commands."""

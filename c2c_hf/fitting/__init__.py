@@ -1,0 +1,1 @@
+"""Memory fusers in closed form."""

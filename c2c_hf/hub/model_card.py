@@ -1,0 +1,203 @@
+"""Renders a fuser's model card: what it is, how it was trained, what was measured and what was not."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..configuration_c2c import C2CConfig
+from .licenses import BaseLicense, base_license, fuser_license, license_text
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+METRICS_FILE = "metrics.json"
+#: The name of the fuser's own results among the methods of an evaluation.
+OWN_METHOD = "c2c"
+
+
+def render_model_card(
+    config: C2CConfig,
+    weights: Mapping[str, torch.Tensor],
+    repo_id: str,
+    subfolder: str | None = None,
+    license: str | None = None,
+    evaluation: str | Path | None = None,
+    training: Mapping[str, Any] | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """Render the card of one fuser.
+
+    Args:
+        config: Names the pair by Hub ids.
+        weights: The saved weights, see [`~weights.load_fuser_weights`].
+        repo_id: Where it will be published.
+        subfolder: Where in the repository it will stand.
+        license: The Hub's name of a license. `None`: what the base models' licenses leave.
+        evaluation: A folder of `c2c evaluate`, whose `metrics.json` is read. `None`: the card says that nothing was
+            measured.
+        training: How the fuser was trained, field by field. `None`: the card says that this is not recorded.
+        datasets: Hub ids of the data it was trained on.
+        tags: Further tags.
+
+    Raises:
+        ValueError: The license cannot be found out, or `metrics.json` is not of the shape that is expected.
+        OSError: A file is missing.
+    """
+    if not TEMPLATE.is_file():
+        raise OSError(f"{TEMPLATE.name} is missing; install c2c_hf to publish fusers.")
+    names = [str(config.receiver_name_or_path), *(str(sharer.name_or_path) for sharer in config.sharers)]
+    configs: list[Any] = [config.receiver_config, *(sharer.config for sharer in config.sharers)]
+    bases = [base_license(name, base.model_type) for name, base in zip(names, configs, strict=True)]
+    metrics = read_metrics(evaluation) if evaluation is not None else {}
+    results = metrics.get("results", [])
+    resolved = fuser_license(bases, license)
+    repo_name = repo_id.split("/")[-1]
+    card_data = ModelCardData(
+        base_model=list(dict.fromkeys(names)),
+        base_model_relation="adapter",
+        library_name="c2c_hf",
+        pipeline_tag="text-generation",
+        license=resolved,
+        datasets=list(datasets) or None,
+        tags=["cache-to-cache", "c2c", *tags],
+        model_name=repo_name,
+        eval_results=_eval_results(results) or None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        title=repo_name if subfolder is None else f"{repo_name}/{subfolder}",
+        repo_id=repo_id,
+        subfolder_argument="" if subfolder is None else f', subfolder="{subfolder}"',
+        **_description(config, bases, weights),
+        with_code=bool(getattr(config, "auto_map", None)),
+        training=[(_cell(field), _cell(value)) for field, value in (training or {}).items()],
+        results=[_row(row) for row in results],
+        has_controls=any(row["method"] != OWN_METHOD for row in results),
+        pairing_gain=[_row(row) for row in metrics.get("pairing_gain", [])],
+        license_text=license_text(resolved, bases),
+    )
+
+
+def _description(
+    config: C2CConfig, bases: Sequence[BaseLicense], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    configs: list[Any] = [config.receiver_config, *(sharer.config for sharer in config.sharers)]
+    shapes: list[Any] = [config.receiver_layer_shapes, *(sharer.layer_shapes for sharer in config.sharers)]
+    revisions = [config.receiver_revision, *(sharer.revision for sharer in config.sharers)]
+    described = [
+        {
+            "role": "sharer" if index else "receiver",
+            "name": base.name,
+            "architecture": configs[index].model_type,
+            "layers": len(shapes[index] or []),
+            "revision": f"`{revisions[index]}`" if revisions[index] else "not recorded",
+        }
+        for index, base in enumerate(bases)
+    ]
+    # Single numbers are what the trainer remembers, such as the gates' temperature; scales are measured.
+    trained = [
+        value
+        for name, value in weights.items()
+        if name.startswith("fuser.") and value.dim() > 0 and not name.endswith("_scales")
+    ]
+    return {
+        "receiver": described[0],
+        "sharers": described[1:],
+        "num_parameters": f"{sum(value.numel() for value in trained):,}",
+        "size": readable_size(sum(value.nbytes for value in weights.values())),
+        "token_alignment": ", ".join(f"`{alignment}`" for alignment in config.token_alignments),
+        "layer_alignment": config.layer_alignment,
+        "fusion_mode": config.fusion_mode,
+        "mode": config.mode,
+        "gates": open_gates(weights),
+    }
+
+
+def open_gates(weights: Mapping[str, torch.Tensor]) -> str:
+    """Count the gates that are open at inference, in words."""
+    logits = [value.flatten() for name, value in weights.items() if "gate_logit" in name]
+    if not logits:
+        return "no gates"
+    gates = torch.cat(logits) > 0
+    count = f"{int(gates.sum())} of {len(gates)} gates are open"
+    return count if gates.any() else f"{count}, so that the answers are the receiver's own"
+
+
+def readable_size(num_bytes: int) -> str:
+    """Return a size in kB, MB or GB."""
+    size, unit = num_bytes / 1e3, "kB"
+    for larger in ("MB", "GB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    return f"{size:.1f} {unit}"
+
+
+def read_metrics(evaluation: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Read `results` and `pairing_gain` of an evaluation folder.
+
+    Args:
+        evaluation: The folder.
+
+    Returns:
+        Two lists of rows with `task`, `value`, `interval` (`None` where there is none) and `num_items`; those of
+        `results` have `method` and `metric` as well.
+
+    Raises:
+        OSError: There is no `metrics.json`.
+        ValueError: It is damaged, or of another shape.
+    """
+    path = Path(evaluation) / METRICS_FILE
+    if not path.is_file():
+        raise OSError(f"`evaluation`: {str(evaluation)!r} holds no {METRICS_FILE}; give a folder of `c2c evaluate`.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "results": [_checked(row, ("task", "method", "metric")) for row in content.get("results", [])],
+            "pairing_gain": [_checked(row, ("task",)) for row in content.get("pairing_gain", [])],
+        }
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"`evaluation`: {path.name} is damaged or of another shape ({error}).") from error
+
+
+def _checked(row: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    checked: dict[str, Any] = {}
+    for name in texts:
+        if not isinstance(row[name], str):
+            raise TypeError(f"{name} is no text: {row[name]!r}")
+        checked[name] = row[name]
+    interval = row.get("interval")
+    checked["value"] = float(row["value"])
+    checked["interval"] = None if interval is None else [float(interval[0]), float(interval[1])]
+    checked["num_items"] = int(row["num_items"])
+    return checked
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, str]:
+    interval = row["interval"]
+    cells = {name: _cell(value) for name, value in row.items() if name not in ("value", "interval")}
+    cells["value"] = f"{row['value']:.4f}"
+    cells["interval"] = "not computed" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+    return cells
+
+
+def _cell(value: Any) -> str:
+    """Make a value fit into a table's cell."""
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _eval_results(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["task"],
+            dataset_name=row["task"],
+            metric_type=row["metric"],
+            metric_value=row["value"],
+        )
+        for row in results
+        if row["method"] == OWN_METHOD
+    ]

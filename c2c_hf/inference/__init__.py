@@ -1,0 +1,1 @@
+"""Frozen models run: prefill, caches, fusion, memory slots."""

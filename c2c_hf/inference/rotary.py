@@ -1,0 +1,183 @@
+"""Rotary positions of a model's cached keys: taken out, and put in at another position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .._compat import accepts_argument
+from .prefill import LayerStates, cached_states, full_length_cache, input_device, prefill
+
+#: Positions at which a model is asked how its keys turn. The last one tells slow frequencies apart.
+_PROBED_POSITIONS = (0, 1, 7, 61)
+#: Largest relative error of a recognized rotation: that of keys in bfloat16.
+_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How the keys of one layer turn with their position.
+
+    Attributes:
+        inv_freq: `(num_pairs,)`, angle per position of each pair of dimensions; empty for keys that do not turn.
+            Dimensions behind the pairs stay as they are.
+        scaling: Factor on the turned dimensions.
+        interleaved: Pairs are neighbours (0, 1), (2, 3), ...; else the first half goes with the second.
+    """
+
+    inv_freq: torch.Tensor
+    scaling: float = 1.0
+    interleaved: bool = False
+
+    def apply(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Turn keys that are free of position.
+
+        Args:
+            keys: `(num_tokens, num_heads, head_dim)`.
+            positions: `(num_tokens,)`.
+
+        Returns:
+            Of the shape and dtype of `keys`.
+        """
+        return self._turn(keys, positions, 1.0, self.scaling)
+
+    def remove(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Undo [`Rotation.apply`]: keys as cached at these positions become free of position."""
+        return self._turn(keys, positions, -1.0, 1.0 / self.scaling)
+
+    def _turn(self, keys: torch.Tensor, positions: torch.Tensor, sign: float, scaling: float) -> torch.Tensor:
+        num_pairs = len(self.inv_freq)
+        if num_pairs == 0:
+            return keys
+        angles = sign * positions.to(keys.device).float()[:, None] * self.inv_freq.to(keys.device).float()
+        cos, sin = (angles.cos() * scaling).unsqueeze(1), (angles.sin() * scaling).unsqueeze(1)
+        first, second = self._halves(keys)
+        # As few passes over the keys as there can be: they are many more than the angles.
+        turned = keys.to(torch.float32, copy=True)
+        into_first, into_second = self._halves(turned)
+        into_first.mul_(cos).addcmul_(second.float(), sin, value=-1)
+        into_second.mul_(cos).addcmul_(first.float(), sin)
+        return turned.to(keys.dtype)
+
+    def _halves(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of the first and the second dimension of all pairs."""
+        num_pairs = len(self.inv_freq)
+        if self.interleaved:
+            return keys[..., 0 : 2 * num_pairs : 2], keys[..., 1 : 2 * num_pairs : 2]
+        return keys[..., :num_pairs], keys[..., num_pairs : 2 * num_pairs]
+
+
+@torch.no_grad()
+def layer_rotations(model: PreTrainedModel, role: str) -> list[Rotation]:
+    """Find out how each cached layer's keys turn, and prove it on the model itself.
+
+    A single token attends to nothing but itself, so that its keys at two positions differ by the rotation alone.
+
+    Args:
+        model: The base model.
+        role: `"receiver"` or `"sharers"`, for the error.
+
+    Raises:
+        ValueError: Keys turn in a way that is not known here, or one that depends on the length of the text.
+    """
+    still = Rotation(torch.empty(0))
+    probes = [_probe(model, position) for position in _PROBED_POSITIONS] if _has_positions(model) else []
+    candidates = [still, *_candidates(model)]
+    rotations = []
+    for layer_idx in range(len(probes[0]) if probes else len(_probe(model, None))):
+        layer = [probe[layer_idx] for probe in probes]
+        if not layer or not _close([values for _, values in layer], [layer[0][1]] * len(layer)):
+            # No positions, or learned ones, which are in all that a layer computes.
+            rotations.append(still)
+            continue
+        keys = [keys for keys, _ in layer]
+        errors = [_error(candidate, keys) for candidate in candidates]
+        if min(errors) > _TOLERANCE:
+            raise ValueError(
+                f"`{role}`: the keys of {type(model).__name__} turn with their position in a way that "
+                "`mode='memory'` does not know; use `mode='fusion'`."
+            )
+        rotations.append(candidates[errors.index(min(errors))])
+    return rotations
+
+
+def describe_rotations(rotations: Sequence[Rotation]) -> dict[str, Any]:
+    """Write rotations as JSON holds them: `kinds`, the different ones, and `layers`, which of them each layer has."""
+    kinds: list[dict[str, Any]] = []
+    layers = []
+    for rotation in rotations:
+        kind = {
+            "inv_freq": rotation.inv_freq.tolist(),
+            "scaling": rotation.scaling,
+            "interleaved": rotation.interleaved,
+        }
+        if kind not in kinds:
+            kinds.append(kind)
+        layers.append(kinds.index(kind))
+    return {"kinds": kinds, "layers": layers}
+
+
+def read_rotations(description: dict[str, Any]) -> list[Rotation]:
+    """Read what [`describe_rotations`] wrote.
+
+    Raises:
+        ValueError: It is of another shape.
+    """
+    try:
+        kinds = [
+            Rotation(
+                torch.tensor(kind["inv_freq"], dtype=torch.float32), float(kind["scaling"]), bool(kind["interleaved"])
+            )
+            for kind in description["kinds"]
+        ]
+        return [kinds[index] for index in description["layers"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"`sharer_rotations` of the configuration is damaged ({error!r}).") from error
+
+
+def _has_positions(model: PreTrainedModel) -> bool:
+    return accepts_argument(model, "position_ids")
+
+
+def _probe(model: PreTrainedModel, position: int | None) -> LayerStates:
+    """Return every layer's states of single tokens at a position, `(num_tokens, num_heads, 1, head_dim)` each."""
+    device = input_device(model)
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(1, min(9, size), device=device).unsqueeze(1)
+    positions = None if position is None else torch.full_like(tokens, position)
+    cache = full_length_cache()
+    prefill(model, cache, tokens, position_ids=positions)
+    return [(keys.float(), values.float()) for keys, values in cached_states(cache)]
+
+
+def _candidates(model: PreTrainedModel) -> list[Rotation]:
+    """Read the rotations off a model's rotary embeddings, in both layouts."""
+    found: list[Rotation] = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not name.endswith("inv_freq") or name.endswith("original_inv_freq"):
+                continue
+            scaling = float(getattr(module, name.removesuffix("inv_freq") + "attention_scaling", 1.0))
+            frequencies = buffer.detach().float().cpu()
+            found += [Rotation(frequencies, scaling, interleaved) for interleaved in (False, True)]
+    return found
+
+
+def _error(rotation: Rotation, keys: Sequence[torch.Tensor]) -> float:
+    """Return how far a rotation of the keys at position 0 is from those at the other positions, relatively."""
+    if 2 * len(rotation.inv_freq) > keys[0].shape[-1]:
+        return float("inf")
+    start = keys[0].squeeze(2)
+    free = rotation.remove(start, torch.zeros(len(start)))
+    worst = 0.0
+    for position, found in zip(_PROBED_POSITIONS, keys, strict=True):
+        expected = rotation.apply(free, torch.full((len(start),), position))
+        worst = max(worst, float((expected - found.squeeze(2)).norm() / found.norm().clamp_min(1e-9)))
+    return worst
+
+
+def _close(values: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    pairs = zip(values, expected, strict=True)
+    return all(bool((value - other).norm() <= _TOLERANCE * other.norm()) for value, other in pairs)

@@ -1,0 +1,1 @@
+"""Training of fusers: trainer, arguments, data, losses."""

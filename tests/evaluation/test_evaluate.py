@@ -1,0 +1,337 @@
+"""`evaluate` and `c2c evaluate` as a whole: tables, interruptions, failures and errors."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import randomize_fuser
+from evaluation_for_tests import NEEDS, choice_rows, data_dir, pair, save_fuser, write_rows  # noqa: F401
+
+import c2c_hf
+from c2c_hf import C2CForCausalLM, C2CProcessor
+from c2c_hf.checkpoints.receiver_adapter import add_adapter
+from c2c_hf.cli.main import main
+from c2c_hf.inference.loglikelihood import continuation_scores
+
+pytest.importorskip("lm_eval", reason=NEEDS)
+pytest.importorskip("scipy", reason=NEEDS)
+
+from c2c_hf.evaluation.evaluate import evaluate  # noqa: E402
+from c2c_hf.evaluation.methods import METHODS, build_methods  # noqa: E402
+from c2c_hf.evaluation.records import RunFolder  # noqa: E402
+from c2c_hf.evaluation.tasks import Item, load_tasks  # noqa: E402
+
+ALL = [name for name in METHODS if name not in ("lora", "self", "fusion")]
+
+
+@pytest.fixture(scope="module")
+def fuser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved fuser beside its base models."""
+    return save_fuser(tmp_path_factory.mktemp("fuser"), "tiny")
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_leaves_evidence(fuser: Path, data_dir: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    output = data_dir.parent / "run"
+    arguments = ["evaluate", str(fuser), "--data-dir", str(data_dir), "--output", str(output), "--batch-size", "4"]
+    arguments += ["--background-tokens", "8", "--tasks", "arc_easy", "ceval_letter"]
+    assert main([*arguments, "--methods", *ALL]) == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    shown = {(result["task"], result["method"]) for result in metrics["results"]}
+    assert shown == {(task, method) for task in ("arc_easy", "ceval_letter") for method in ALL}
+    for result in metrics["results"]:
+        assert result["interval"][0] <= result["value"] <= result["interval"][1]
+        assert result["num_items"] == {"arc_easy": 6, "ceval_letter": 4}[result["task"]]
+        assert result["num_failed"] == 0
+        assert re.search(rf"{result['task']} +{result['method']} ", printed)
+    assert [gain["task"] for gain in metrics["pairing_gain"]] == ["arc_easy", "ceval_letter"]
+    assert metrics["seed"] == 0
+    assert metrics["versions"]["transformers"]
+    # Methods that switch fusion off agree with the receiver, item by item.
+    scores = {(r["task"], r["method"], r["id"]): r["scores"] for r in predictions(output)}
+    for task, method, item in scores:
+        if method in ("alone", "gates_off"):
+            assert scores[task, method, item] == pytest.approx(scores[task, "receiver", item], abs=1e-4)
+    report = (output / "report.md").read_text(encoding="utf-8")
+    # The tests run on a processor.
+    assert "C2C's prefill holds the sharers' reading, beside the receiver's where that is faster." in report
+    assert report.index("Pairing gain, arc_easy") < report.index("## arc_easy")
+    assert all(f"| {method} |" in report for method in ALL)
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    assert config["receiver_fingerprint"]
+    assert config["fuser"] == str(fuser)
+
+
+def test_written_answers_with_every_method(data_dir: Path) -> None:  # noqa: F811
+    model, processor = pair(sharers=2)
+    output = data_dir.parent / "run"
+    methods = ["receiver", "sharer", "text_to_text", "c2c", "mismatched", "alone"]
+    metrics = evaluate(
+        model,
+        processor,
+        output,
+        ["arc_easy_generate", "gsm8k_generate"],
+        methods,
+        data_dir,
+        max_new_tokens=6,
+        background_tokens=8,
+    )
+    shown = {result["method"] for result in metrics["results"]}
+    assert shown == {*methods, "sharer_0", "sharer_1"} - {"sharer"}
+    assert {result["metric"] for result in metrics["results"]} == {"accuracy", "accuracy_strict"}
+    records = predictions(output)
+    assert all(record["num_tokens"] > 0 and record["prompt_tokens"] > 0 for record in records)
+    answers = {(r["task"], r["method"], r["id"]): r["text"] for r in records}
+    same = [answers[task, "receiver", item] == text for (task, m, item), text in answers.items() if m == "alone"]
+    assert same and all(same)
+    assert any(answers[t, "receiver", i] != text for (t, m, i), text in answers.items() if m == "c2c")
+    with pytest.raises(ValueError, match=r"'routing' .*\['arc_easy_generate'\] ask for written answers"):
+        evaluate(model, processor, output, ["arc_easy_generate"], ["routing"], data_dir)
+
+
+def test_plots(data_dir: Path) -> None:  # noqa: F811
+    pytest.importorskip("matplotlib", reason=NEEDS)
+    model, processor = pair()
+    output = data_dir.parent / "run"
+    evaluate(model, processor, output, ["arc_easy"], ["receiver", "c2c"], data_dir)
+    report = (output / "report.md").read_text(encoding="utf-8")
+    for name in ("accuracy.png", "latency.png", "subjects.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in report
+
+
+def test_batch_size_makes_no_difference(data_dir: Path) -> None:  # noqa: F811
+    model, processor = pair()
+    scores = []
+    for size in (1, 4):
+        output = data_dir.parent / f"run-{size}"
+        methods = ["sharer", "c2c", "mismatched", "noise"]
+        evaluate(model, processor, output, ["arc_easy"], methods, data_dir, batch_size=size)
+        scores.append({(r["method"], r["id"]): r for r in predictions(output)})
+    assert scores[0].keys() == scores[1].keys()
+    for key, record in scores[0].items():
+        assert record["scores"] == pytest.approx(scores[1][key]["scores"], abs=1e-3)
+        assert record["prediction"] == scores[1][key]["prediction"]
+
+
+def test_predictions_are_per_token_and_right_is_counted(data_dir: Path) -> None:  # noqa: F811
+    model, processor = pair()
+    output = data_dir.parent / "run"
+    evaluate(model, processor, output, ["arc_easy"], ["c2c"], data_dir)
+    for record in predictions(output):
+        means = [score / count for score, count in zip(record["scores"], record["num_tokens"], strict=True)]
+        assert record["prediction"] == means.index(max(means))
+        assert record["correct"] == (record["prediction"] == record["answer"])
+        assert 1 / len(means) <= record["confidence"] <= 1
+
+
+def test_a_killed_run_goes_on(fuser: Path, data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    """After `kill -9` the same command answers the rest, and nothing twice."""
+    write_rows(data_dir / "arc_easy" / "test.jsonl", choice_rows(14))
+    output = tmp_path / "run"
+    command = ["evaluate", str(fuser), "--tasks", "arc_easy", "--methods", "receiver", "c2c"]
+    command += ["--data-dir", str(data_dir), "--output", str(output), "--batch-size", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(c2c_hf.__file__).parent.parent)}
+    code = "import sys; from c2c_hf.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    file = output / "predictions.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = predictions(output) if file.read_bytes().endswith(b"\n") else predictions(output)[:-1]
+    assert 2 < len(before) < 28
+    # As if the kill had come within a line.
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write('{"task": "arc_easy", "meth')
+    assert main(command) == 0
+    records = predictions(output)
+    assert records[: len(before)] == before
+    assert len({(record["method"], record["id"]) for record in records}) == len(records) == 28
+
+
+def test_a_failing_item_counts_as_wrong_and_is_listed(data_dir: Path) -> None:  # noqa: F811
+    rows = choice_rows()
+    rows[3]["question"] = "ships " * 300
+    write_rows(data_dir / "arc_easy" / "test.jsonl", rows)
+    model, processor = pair()
+    output = data_dir.parent / "run"
+    metrics = evaluate(model, processor, output, ["arc_easy"], ["receiver", "c2c"], data_dir)
+    for result in metrics["results"]:
+        assert (result["num_items"], result["num_failed"], result["num_unreadable"]) == (6, 1, 1)
+    failed = [record for record in predictions(output) if "error" in record]
+    assert [(record["id"], record["correct"]) for record in failed] == [("q3", 0)] * 2
+    report = (output / "report.md").read_text(encoding="utf-8")
+    assert "Failed items, counted as wrong" in report
+    assert "- arc_easy, c2c, q3: ValueError: `queries`: the text has" in report
+
+
+def test_folders_of_another_run(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    model, processor = pair()
+    output = tmp_path / "run"
+    evaluate(model, processor, output, ["arc_easy"], ["receiver"], data_dir, limit=3)
+    with pytest.raises(ValueError, match=r"was started with limit=3, not 4; choose another folder"):
+        evaluate(model, processor, output, ["arc_easy"], ["receiver"], data_dir, limit=4)
+    randomize_fuser(model, 10)
+    with pytest.raises(ValueError, match="was started with fuser_sha256="):
+        evaluate(model, processor, output, ["arc_easy"], ["receiver"], data_dir, limit=3)
+    randomize_fuser(model, 9)
+    # A further method joins those that are answered.
+    metrics = evaluate(model, processor, output, ["arc_easy"], ["c2c"], data_dir, limit=3)
+    assert {result["method"] for result in metrics["results"]} == {"receiver", "c2c"}
+    assert len(predictions(output)) == 6
+    file = output / "predictions.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for damaged, message in (
+        (lines[1][:20], "line 2 is no JSON"),
+        ('{"task": "arc_easy"}', r"line 2 lacks \['method'"),
+    ):
+        file.write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            RunFolder(output, json.loads((output / "config.json").read_text(encoding="utf-8")))
+    with pytest.raises(ValueError, match="`output` must be a folder, but"):
+        RunFolder(file, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "arc_hard"], r"`tasks` must be among \["),
+        (["--methods", "telepathy"], r"`methods` must be among \['receiver'.*but got \['telepathy'\]"),
+        (["--methods", "lora"], "'lora' needs `adapter`"),
+        (["--methods", "self"], "'self' needs `self_fuser`"),
+        (["--tasks", "openbookqa"], r"`data_dir` has no file '.*openbookqa/test.jsonl'"),
+    ],
+)
+def test_errors(
+    arguments: list[str],
+    message: str,
+    fuser: Path,
+    data_dir: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture,
+) -> None:
+    command = ["evaluate", str(fuser), "--data-dir", str(data_dir), "--output", str(data_dir.parent / "run")]
+    assert main([*command, "--tasks", "arc_easy", *arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(f"^c2c evaluate: .*{message}", error)
+
+
+def test_a_memory_fuser_needs_contexts(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    model, processor = pair()
+    model.config.mode = "memory"
+    with pytest.raises(ValueError, match=r"`tasks`: \['arc_easy'\] have no contexts"):
+        evaluate(model, processor, tmp_path / "run", ["arc_easy"], ["c2c"], data_dir)
+
+
+def test_contexts_reach_those_who_may_read_them(tmp_path: Path) -> None:
+    model, processor = pair(mode="memory")
+    methods = ["receiver", "reader", "sharer", "c2c", "fusion", "mismatched", "zero", "alone"]
+    settings = {"limit": 5, "fusion_fuser": pair()}
+    metrics = evaluate(model, processor, tmp_path / "run", ["private_facts"], methods, **settings)
+    assert [gain["task"] for gain in metrics["pairing_gain"]] == ["private_facts"]
+    assert not any(result["num_failed"] for result in metrics["results"])
+    scores: dict[str, dict[str, list[float]]] = {}
+    for record in predictions(tmp_path / "run"):
+        scores.setdefault(record["method"], {})[record["id"]] = record["scores"]
+    (task,) = load_tasks(["private_facts"], limit=5)
+    donors = task.donors()
+    for item in task.items:
+        assert item.context and item.context not in item.prompt
+        assert donors[item.id].context != item.context
+
+        def expected(prompt: str, context: str | None, item: Item = item) -> list[float]:
+            inputs = processor([prompt], sharer_context=context)
+            seam = processor.tokenizer(prompt)["input_ids"]
+            ids = [processor.tokenizer(prompt + choice)["input_ids"][len(seam) :] for choice in item.choices]
+            return pytest.approx(continuation_scores(model, inputs, [ids]).logprobs.sum(1).tolist(), abs=1e-3)
+
+        assert scores["c2c"][item.id] == expected(item.prompt, item.context)
+        assert scores["mismatched"][item.id] == expected(item.prompt, donors[item.id].context)
+        assert scores["reader"][item.id] == expected(f"{item.context}\n\n{item.prompt}", None)
+        assert scores["receiver"][item.id] == expected(item.prompt, None)
+        assert scores["alone"][item.id] == pytest.approx(scores["receiver"][item.id], abs=1e-4)
+    for name in ("reader", "c2c", "fusion", "mismatched", "zero"):
+        assert scores[name] != scores["receiver"]
+    with pytest.raises(ValueError, match="'gates_off' needs gates"):
+        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["gates_off"], limit=5)
+    with pytest.raises(ValueError, match="'fusion' needs `fusion_fuser`"):
+        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["fusion"], limit=5)
+
+
+def test_lists(capsys: pytest.CaptureFixture) -> None:
+    assert main(["evaluate", "--tasks", "?"]) == 0
+    printed = capsys.readouterr().out
+    assert "arc_challenge_generate" in printed
+    assert all(name in printed for name in METHODS)
+
+
+# Asked for by peft itself.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_and_a_fuser_onto_itself(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    peft = pytest.importorskip("peft")
+    model, processor = pair()
+    base = build_methods(["receiver"], model, processor)["receiver"].base_model
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    adapted = peft.get_peft_model(
+        type(base)(base.config), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "lora")
+    itself = C2CForCausalLM.from_receiver_and_sharers(
+        model.receiver, model.receiver, token_alignment="identity", fuser_hidden_size=16, fuser_intermediate_size=16
+    )
+    own = (randomize_fuser(itself, 4), C2CProcessor(processor.tokenizer, [processor.tokenizer]))
+    evaluate(
+        model,
+        processor,
+        tmp_path / "run",
+        ["arc_easy"],
+        ["receiver", "lora", "self"],
+        data_dir,
+        adapter=str(tmp_path / "lora"),
+        self_fuser=own,
+    )
+    scores = {(r["method"], r["id"]): r["scores"] for r in predictions(tmp_path / "run")}
+    for method in ("lora", "self"):
+        assert any(scores[method, f"q{i}"] != pytest.approx(scores["receiver", f"q{i}"], abs=1e-2) for i in range(6))
+    assert all(before[name].equal(value) for name, value in base.state_dict().items()), "the receiver stays as it was"
+
+
+def test_a_fuser_with_an_adapter(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The receiver's own numbers are those without the adapter; LoRA and fusion off have it."""
+    peft = pytest.importorskip("peft")
+    model, processor = pair()
+    plain, _ = pair()
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    add_adapter(model.receiver, config)
+    methods = ["receiver", "lora", "alone", "c2c"]
+    evaluate(model, processor, tmp_path / "run", ["arc_easy"], methods, data_dir)
+    evaluate(plain, processor, tmp_path / "plain", ["arc_easy"], ["receiver", "c2c"], data_dir)
+    scores = {(r["method"], r["id"]): r["scores"] for r in predictions(tmp_path / "run")}
+    without = {(r["method"], r["id"]): r["scores"] for r in predictions(tmp_path / "plain")}
+    for index in range(6):
+        item = f"q{index}"
+        assert scores["receiver", item] == pytest.approx(without["receiver", item], abs=1e-4)
+        assert scores["alone", item] == pytest.approx(scores["lora", item], abs=1e-4)
+        assert scores["lora", item] != pytest.approx(scores["receiver", item], abs=1e-3)
+        assert scores["c2c", item] != pytest.approx(without["c2c", item], abs=1e-3)
+    # The same adapter from the folder of a fuser; then the receiver that has it is not touched.
+    model.save_pretrained(tmp_path / "fuser")
+    evaluate(plain, processor, tmp_path / "lora", ["arc_easy"], ["lora"], data_dir, adapter=str(tmp_path / "fuser"))
+    for record in predictions(tmp_path / "lora"):
+        assert record["scores"] == pytest.approx(scores["lora", record["id"]], abs=1e-3)
+    settings = [json.loads((tmp_path / run / "config.json").read_text(encoding="utf-8")) for run in ("run", "plain")]
+    assert settings[0]["fuser_sha256"] != settings[1]["fuser_sha256"]
