@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .convert_reference import convert_reference_checkpoint
     from .fitting.ridge import fit_ridge
     from .inference.cache import C2CCache
-    from .inference.prefill import SharerCache
+    from .inference.sharer_cache import SharerCache
     from .modeling_c2c import C2CForCausalLM
     from .processing_c2c import C2CProcessor
     from .training.arguments import C2CTrainingArguments
@@ -38,7 +38,7 @@ _MODULES = {
     "C2CConfig": ".configuration_c2c",
     "C2CForCausalLM": ".modeling_c2c",
     "C2CProcessor": ".processing_c2c",
-    "SharerCache": ".inference.prefill",
+    "SharerCache": ".inference.sharer_cache",
     "convert_reference_checkpoint": ".convert_reference",
 }
 # Training brings the Trainer and the data sets' library, which those who only generate need not wait for.

@@ -1,50 +1,210 @@
-"""`C2CForCausalLM`: a receiver that answers from its own cache, fused with what frozen sharers have read."""
+"""`C2CForCausalLM`: a frozen receiver, frozen sharers and the fusers between their key/value caches."""
 
-from collections.abc import Sequence
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from transformers import Cache
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import CONFIG_NAME, can_return_tuple
 
-from .checkpoints.receiver_adapter import trains
-from .generation import C2CGenerationMixin
-from .inference.cache import C2CCache
+from ._compat import CACHE_ARGUMENT, accepts_argument, pop_cache
+from ._files import staged_folder
+from .alignment.token_table import build_token_table, own_bos_token_id, resolve_alignments
+from .checkpoints.base_models import (
+    AbsentSharer,
+    BaseModel,
+    kwargs_per_sharer,
+    load_base_model,
+    load_base_models,
+    load_tokenizer,
+    record_layer_shapes,
+    resolve_revision,
+    verify_weights,
+)
+from .checkpoints.fuser_weights import check_fuser_weights, is_own_weight, load_fuser_weights
+from .checkpoints.receiver_adapter import (
+    ADAPTER_FOLDER,
+    has_adapter,
+    load_adapter,
+    save_adapter,
+    set_adapter_mode,
+    trains,
+)
+from .checkpoints.remote_code import write_code
+from .configuration_c2c import C2CConfig, SharerConfig
+from .fusers.c2c import C2CFuser, FuserGroup
+from .fusers.memory import MemoryFuser
+from .hub.download import HUB_KWARGS, check_subfolder
+from .hub.publish import publish_fuser
+from .inference.cache import C2CCache, RecordingCache
+from .inference.fingerprints import fingerprint, tokenizer_hash
 from .inference.fusion import FusionPlan, fuse_states, plan_fusion
-from .inference.given_states import GivenStates, give_states
-from .inference.passes import check_length, join_logits, kept_columns, new_length, slice_inputs
-from .inference.passing_caches import RecordingCache
+from .inference.inputs import (
+    GivenCaches,
+    GivenSharerInputs,
+    PerSharer,
+    ReceiverInputs,
+    SharerInputs,
+    cache_per_sharer,
+    check_sharer_inputs,
+    collect_fusion_inputs,
+    collect_memory_inputs,
+    default_alignment,
+    last_prompt_positions,
+    sharer_inputs_from_tokens,
+    tensor_per_sharer,
+)
+from .inference.memory_slots import (
+    MemoryPlan,
+    fill_memory_slots,
+    hide_slots,
+    plan_memory_slots,
+    prefill_head_tokens,
+)
 from .inference.prefill import (
     LayerStates,
-    SharerCache,
     cached_states,
+    check_length,
     full_length_cache,
-    position_ids_from_mask,
+    input_device,
+    last_positions,
     prefill,
+    run_concurrently,
 )
-from .inference.sharer_inputs import (
-    PerSharer,
-    SharerText,
-    continued_texts,
-    last_prompt_positions,
-    leave_out,
-    new_positions,
-    per_sharer,
-    texts_as_given,
-    texts_from_tokens,
+from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
+from .inference.sharer_cache import SharerCache, prefill_sharer
+from .processing_c2c import C2CProcessor
+
+_SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
+#: Arguments of `forward` and `generate` beside those of every causal language model.
+SHARER_ARGUMENTS = (*_SHARER_TENSORS, "sharer_caches")
+#: What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
+_PUSH_ARGUMENTS = (
+    *("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description", "license"),
 )
-from .inference.side_by_side import Reading, side_by_side
-from .memory_pass import C2CMemoryMixin
-from .pretrained_c2c import C2CPreTrainedModel
+#: Models whose fusion is off in the current context, by identity. Other threads and tasks have contexts of their own.
+_fusion_disabled: ContextVar[frozenset[int]] = ContextVar("c2c_fusion_disabled", default=frozenset())
 
 
-class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
+#: The receiver's own key/value states, and the logits wanted of them or `None`.
+ReceiverPrefill: TypeAlias = tuple[LayerStates, torch.Tensor | None]
+
+
+def run_receiver(
+    receiver: PreTrainedModel,
+    inputs: ReceiverInputs,
+    cache: Cache | None,
+    labels: torch.Tensor | None,
+    use_cache: bool | None,
+    logits_to_keep: int | torch.Tensor,
+    kwargs: dict[str, Any],
+) -> CausalLMOutputWithPast:
+    """Run the receiver without fusion: fusion is off, nothing is aligned, or the answer is decoded."""
+    call: dict[str, Any] = {**kwargs, "attention_mask": inputs.attention_mask, "use_cache": use_cache}
+    call |= {"input_ids": inputs.input_ids, CACHE_ARGUMENT: cache}
+    if inputs.inputs_embeds is not None:
+        call["inputs_embeds"] = inputs.inputs_embeds
+    if inputs.position_ids is not None and accepts_argument(receiver, "position_ids"):
+        call["position_ids"] = inputs.position_ids
+    keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
+    if keeps_some and accepts_argument(receiver, "logits_to_keep"):
+        call["logits_to_keep"] = logits_to_keep
+        if labels is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            labels = labels[:, kept]
+    if labels is not None:
+        call["labels"] = labels
+    return receiver(**call)
+
+
+def continue_receiver(
+    receiver: PreTrainedModel,
+    states: LayerStates,
+    tail_start: int,
+    tail_mask: torch.Tensor | None,
+    inputs: ReceiverInputs,
+    cache: Cache,
+    num_kept: int,
+    kwargs: dict[str, Any],
+) -> CausalLMOutputWithPast | None:
+    """Put given states into the cache up to the tail, and run the receiver over the tail.
+
+    Args:
+        receiver: The receiver.
+        states: Per layer keys and values `(batch_size, num_key_value_heads, length, head_dim)`; used up.
+        tail_start: First position of the tail.
+        tail_mask: `(batch_size, tail length)`, bool: where given states replace the tail's own. `None`: nowhere.
+        inputs: The receiver's inputs.
+        cache: Grows by all new tokens.
+        num_kept: Number of last positions whose logits are wanted.
+        kwargs: Passed on to the receiver.
+
+    Returns:
+        The receiver's output, or `None` where there is no tail.
+    """
+    tail_length = inputs.seq_len - tail_start
+    tail_states = []
+    if tail_mask is not None:
+        # Copied before the states in front of the tail go, layer by layer, into the cache.
+        tail_states = [
+            (_tail(keys, tail_start, tail_length), _tail(values, tail_start, tail_length)) for keys, values in states
+        ]
+    if tail_start > 0:
+        # Each layer's states are released as soon as they are in the cache.
+        states.reverse()
+        for layer_idx in range(len(states)):
+            keys, values = states.pop()
+            cache.update(keys[:, :, :tail_start], values[:, :, :tail_start], layer_idx)
+    if tail_length == 0:
+        return None
+    tail = inputs.columns(tail_start, inputs.seq_len)
+    kept = last_positions(tail.tokens, num_kept) if num_kept < tail_length else 0
+    if tail_mask is None:
+        return run_receiver(receiver, tail, cache, None, True, kept, kwargs)
+    fused_cache = cache if isinstance(cache, C2CCache) else C2CCache(cache)
+    with fused_cache.replacing_states(tail_states, tail_mask):
+        return run_receiver(receiver, tail, fused_cache, None, True, kept, kwargs)
+
+
+def _tail(states: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Return the states from `start` on, padded to `length` positions."""
+    rest = states[:, :, start:]
+    return nn.functional.pad(rest, (0, 0, 0, length - rest.shape[2]))
+
+
+class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     """A receiver, its sharers and the fusers between them (Cache-to-Cache, arXiv 2510.03215).
 
-    The prompt is read by every model; the fused states enter the receiver's cache; everything after them, the answer
-    included, is the receiver's own work at its own speed.
+    All models prefill the prompt; the fused states enter the receiver's cache; everything after them, the answer
+    included, the receiver computes by itself at its own speed. Everything but `fuser` is frozen. Saved folders hold
+    the fuser alone and name the base models.
+
+    Args:
+        config: The pair, the fuser's sizes and the alignment.
+        receiver: The model that answers; `None`: made from `config.receiver_config` with random weights.
+        sharers: The models whose states are fused; `None`: made from `config.sharers` likewise.
+
+    Raises:
+        ValueError: A base model has no plain key/value cache, or other shapes than the configuration records.
 
     Example:
         ```python
@@ -54,6 +214,52 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         out = model.generate(**inputs, max_new_tokens=8)
         ```
     """
+
+    config: C2CConfig
+    config_class = C2CConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: C2CConfig,
+        receiver: PreTrainedModel | None = None,
+        sharers: Sequence[PreTrainedModel | AbsentSharer] | None = None,
+    ) -> None:
+        super().__init__(config)
+        if receiver is None:
+            if config.receiver_config is None:
+                raise ValueError(
+                    "`config.receiver_config` is missing; build the model with `from_receiver_and_sharers`."
+                )
+            receiver = AutoModelForCausalLM.from_config(config.receiver_config)
+        if sharers is None:
+            sharers = [AutoModelForCausalLM.from_config(sharer.config) for sharer in config.sharers]
+        if not sharers or len(sharers) != config.num_sharers:
+            raise ValueError(
+                f"`sharers` must hold at least one model and as many as the configuration names "
+                f"({config.num_sharers}), but got {len(sharers)}."
+            )
+        # The receiver comes first: transformers takes a model's device and dtype from its first parameter.
+        self.receiver = receiver.requires_grad_(False).eval()
+        self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
+        record_layer_shapes(config, receiver, sharers)
+        fuser_class = MemoryFuser if config.mode == "memory" else C2CFuser
+        self.fuser = nn.ModuleList(fuser_class(config, sharer) for sharer in config.sharers)
+        self.fuser.to(device=input_device(receiver))
+        for index, alignment in enumerate(config.token_alignments):
+            size = receiver.get_input_embeddings().weight.shape[0]
+            table = torch.full((size,), -1) if alignment in ("first", "longest") else None
+            self.register_buffer(f"token_table_{index}", table)
+        self._rotations: list[list[Rotation]] | None = None
+        self.generation_config = receiver.generation_config
+        self.config._attn_implementation_internal = receiver.config._attn_implementation
+        self.post_init()
+
+    # ------------------------------------------------------------------ one forward pass
 
     @can_return_tuple
     def forward(
@@ -71,32 +277,32 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
         sharer_alignment: PerSharer | None = None,
         sharer_position_ids: PerSharer | None = None,
         past_key_values: Cache | None = None,
-        sharer_caches: GivenStates | None = None,
+        sharer_caches: GivenCaches | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Read a prompt with all models and fuse, or decode further tokens.
+        """Prefill a prompt with all models and fuse, or decode further tokens.
 
         Args:
             input_ids: `(batch_size, seq_len)`, the receiver's tokens; with a cache the new ones only.
             attention_mask: `(batch_size, past_len + seq_len)`, 0 at padding on either side. `None`: no padding.
-            position_ids: `(batch_size, seq_len)`. `None`: counted from the mask. Sharers that read the receiver's own
-                tokens read them at the same positions.
+            position_ids: `(batch_size, seq_len)`. `None`: counted from the mask. With `token_alignment="identity"`
+                they are the sharer's as well.
             cache: The receiver's cache: any of transformers', or a [`C2CCache`]. `None`: a new one.
             inputs_embeds: `(batch_size, seq_len, hidden_size)` in place of `input_ids`.
             labels: `(batch_size, seq_len)`, -100 where there is no loss. The prompt ends before the first label.
             use_cache: Whether to return the cache.
             logits_to_keep: Number of last positions to compute logits for, 0 for all; or the positions.
             sharer_input_ids: `(batch_size, sharer_len)`, the sharer's tokens of the whole text, earlier turns
-                included; with several sharers a list. `None`: made from `input_ids` where the alignment goes token by
-                token; on a cache that holds something the new tokens are then decoded without fusion.
+                included; with several sharers a list. `None`: made from `input_ids` where the alignment is token by
+                token; on a cache that is not empty the new tokens are then decoded without fusion.
             sharer_attention_mask: `(batch_size, sharer_len)`. `None`: no padding.
-            sharer_alignment: `(batch_size, seq_len)`, or for the whole text: the sharer position that each receiver
-                position reads, or -1. Exactly the positions that hold one fuse. `None`: all but the last prompt
-                position, each reading its own.
+            sharer_alignment: `(batch_size, seq_len)`, or for the whole text: the sharer position aligned with each
+                receiver position, or -1. Exactly the aligned positions are fused. `None`: all but the last prompt
+                position, each with the same position of the sharer.
             sharer_position_ids: `(batch_size, sharer_len)`. `None`: counted from the mask.
             past_key_values: The name of `cache` before transformers 5.24.
-            sharer_caches: What the sharers have read of this very text elsewhere, in place of running them here; with
-                several sharers a list, `None` for those that run here.
+            sharer_caches: The sharers' caches of this very text, computed elsewhere, in place of running them here;
+                with several sharers a list, `None` for those that run here.
             **kwargs: Passed on to the receiver.
 
         Returns:
@@ -108,190 +314,685 @@ class C2CForCausalLM(C2CPreTrainedModel, C2CMemoryMixin, C2CGenerationMixin):
             ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long.
         """
         cache = past_key_values if cache is None else cache
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("Either `input_ids` or `inputs_embeds` must be given, but got neither.")
-        receiver_inputs = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        plan, texts = None, []
-        sharer_inputs = (sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids)
+        inputs = ReceiverInputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        given = GivenSharerInputs(
+            sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids, sharer_caches
+        )
+        seq_len = inputs.seq_len
+        num_kept = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
+
+        # 1. Inputs for the sharers; none where the receiver runs without fusion.
+        sharers: list[SharerInputs] = []
         if self.config.mode == "memory":
-            texts = self._memory_texts(receiver_inputs, cache, sharer_inputs)
-            if texts:
-                give_states(self.config, texts, sharer_caches)
-                arguments = (receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
-                return self._receive_memory(texts, *arguments)
+            inputs, sharers = self._collect_memory_inputs(inputs, given, cache)
         elif self.fusion_enabled:
-            texts = self._sharer_texts(receiver_inputs, labels, cache, sharer_inputs)
-            give_states(self.config, texts, sharer_caches if texts else None)
-            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                receiver_inputs["position_ids"] = position_ids_from_mask(attention_mask)[:, -tokens.shape[1] :]
-        if texts:
-            starts = None
-            if self.config.fuse_response:
-                # Logits that are asked for must come from the fused stream, also those of an assistant's candidates.
-                starts = last_prompt_positions(attention_mask, labels, tokens)
-                if isinstance(logits_to_keep, int) and logits_to_keep:
-                    starts = starts.clamp_max(max(0, tokens.shape[1] - logits_to_keep))
-            plan = plan_fusion([t.alignment for t in texts], [t.input_ids.shape[1] for t in texts], starts)
+            sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                inputs = inputs.with_positions()
+
+        # 2. Plan: which positions take states that the receiver does not compute by itself.
+        plan: FusionPlan | MemoryPlan | None = None
+        if sharers and self.config.mode == "memory":
+            plan = self._plan_memory_slots(sharers, inputs, cache, num_kept)
+        elif sharers:
+            plan = self._plan_fusion(sharers, inputs, labels, logits_to_keep)
         if plan is None:
-            return self._receive_alone(receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
-        return self._receive_fused(plan, texts, receiver_inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+            return run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
 
-    def _receive_fused(
+        # 3. Prefill the sharers, and of the receiver what does not depend on them.
+        if cache is None:
+            cache = DynamicCache(config=self.receiver.config.get_text_config())
+        if self.config.fuse_response and not isinstance(cache, C2CCache):
+            cache = C2CCache(cache)
+        first_kept = max(0, seq_len - num_kept)
+        prefill_receiver: Callable[[], ReceiverPrefill]
+        if isinstance(plan, MemoryPlan):
+            inputs = inputs.with_positions(int(cache.get_seq_length()))
+            prefill_receiver = partial(self._prefill_head_tokens, plan, inputs)
+        else:
+            prefill_receiver = partial(self._prefill_fused_region, plan, inputs, cache, first_kept)
+        (states, clean_logits), caches = self._prefill_models(prefill_receiver, sharers, plan.sharer_lengths, cache)
+
+        # 4. Fill the memory slots, or fuse the receiver's states with the sharers'.
+        if isinstance(plan, MemoryPlan):
+            states = fill_memory_slots(
+                plan, self.fuser, caches, sharers, self.rotations(), inputs, states, self.receiver.dtype
+            )
+        else:
+            fuse_states(self.fuser, caches, states, plan.tokens, self.config.fusion_mode)
+
+        # 5. These states enter the cache, and the receiver goes on.
+        outputs = continue_receiver(
+            self.receiver, states, plan.tail_start, plan.tail_mask(), inputs, cache, num_kept, kwargs
+        )
+        logits = None if outputs is None else outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
+        if isinstance(plan, FusionPlan):
+            logits = plan.join_logits(clean_logits, logits, first_kept)
+        loss = None
+        if labels is not None:
+            kept_labels = labels[:, labels.shape[1] - logits.shape[1] :].to(logits.device)
+            loss = self.loss_function(logits=logits, labels=kept_labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else logits,
+            hidden_states=None if outputs is None else outputs.get("hidden_states"),
+            attentions=None if outputs is None else outputs.get("attentions"),
+            **{CACHE_ARGUMENT: None if use_cache is False else cache},
+        )
+
+    def _collect_memory_inputs(
+        self, inputs: ReceiverInputs, given: GivenSharerInputs, cache: Cache | None
+    ) -> tuple[ReceiverInputs, list[SharerInputs]]:
+        """Collect the sharers' inputs in memory mode; with fusion off, mask the slots of the receiver's instead."""
+        if given.input_ids is None or self.fusion_enabled:
+            return inputs, collect_memory_inputs(self.config, inputs, given, cache)
+        mask = inputs.attention_mask
+        if mask is None:
+            length = inputs.seq_len + (0 if cache is None else int(cache.get_seq_length()))
+            mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
+        mask = hide_slots(mask, tensor_per_sharer(self.config, "sharer_alignment", given.alignment))
+        return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), []
+
+    def _plan_fusion(
         self,
-        plan: FusionPlan,
-        texts: list[SharerText],
-        receiver_inputs: dict[str, Any],
-        cache: Cache | None,
+        sharers: list[SharerInputs],
+        inputs: ReceiverInputs,
         labels: torch.Tensor | None,
-        use_cache: bool | None,
         logits_to_keep: int | torch.Tensor,
-        kwargs: dict[str, Any],
-    ) -> CausalLMOutputWithPast:
-        """Prefill all models, fuse, and let the receiver go on over the fused cache."""
-        seq_len = new_length(receiver_inputs)
-        keep = kept_columns(logits_to_keep, seq_len)
-        first_kept = max(0, seq_len - keep)
-        own_cache = self._own_cache(cache)
-        if self.config.fuse_response and not isinstance(own_cache, C2CCache):
-            own_cache = C2CCache(own_cache)
+    ) -> FusionPlan | None:
+        starts = None
+        if self.config.fuse_response:
+            # Logits that are asked for must come from the fused stream, those of an assistant's candidates, too.
+            starts = last_prompt_positions(inputs.attention_mask, labels, inputs.tokens)
+            if isinstance(logits_to_keep, int) and logits_to_keep:
+                starts = starts.clamp_max(max(0, inputs.seq_len - logits_to_keep))
+        return plan_fusion([sharer.alignment for sharer in sharers], [sharer.length for sharer in sharers], starts)
 
-        receiving = partial(self._clean_states, plan, receiver_inputs, own_cache, first_kept)
-        states, clean_logits = self._read_texts(texts, plan.sharer_lengths, own_cache, (self.receiver, receiving))
-        sharer_caches = [text.state for text in texts]
-        fuse_states(self.fuser, sharer_caches, states, plan.tokens, self.config.fusion_mode)
+    def _plan_memory_slots(
+        self, sharers: list[SharerInputs], inputs: ReceiverInputs, cache: Cache | None, num_kept: int
+    ) -> MemoryPlan | None:
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        plan = plan_memory_slots(
+            [sharer.alignment for sharer in sharers],
+            inputs.new_mask().bool(),
+            [sharer.length for sharer in sharers],
+            min(num_kept, inputs.seq_len),
+            past_length > 0,
+        )
+        if plan is not None:
+            check_length("receiver", self.receiver, past_length + inputs.seq_len)
+        return plan
 
-        substituted = plan.substituted(seq_len)
-        outputs = self._receive_tail(states, plan.tail_start, substituted, receiver_inputs, own_cache, keep, kwargs)
-        tail_logits = None if outputs is None else outputs.logits[:, -min(keep, seq_len - plan.tail_start) :]
-        logits = join_logits(clean_logits, tail_logits, plan, first_kept, seq_len)
-        returned = None if use_cache is False else own_cache
-        return self._output(logits, outputs, returned, labels, logits_to_keep, kwargs)
+    def _prefill_models(
+        self,
+        prefill_receiver: Callable[[], ReceiverPrefill],
+        sharers: list[SharerInputs],
+        lengths: Sequence[int],
+        cache: Cache,
+    ) -> tuple[ReceiverPrefill, list[SharerCache | None]]:
+        """Prefill every sharer as far as `lengths` says, and the receiver.
 
-    def _read_texts(
-        self, texts: list[SharerText], lengths: Sequence[int], cache: Cache, beside: Reading | None = None
-    ) -> Any:
-        """Let every sharer read its text as far as `lengths` says, into the text's `state`.
+        A [`C2CCache`] keeps the sharers' caches, which are continued here where the text goes on.
 
-        A [`C2CCache`] remembers what they read. `beside`, the receiver's own reading, may go on at the same time; what
-        it returns is returned.
+        Returns:
+            The receiver's result, and each sharer's cache; `None` for one without aligned tokens.
         """
-        known: list[SharerCache | None] = [None] * len(texts)
-        if isinstance(cache, C2CCache) and cache.sharer_caches:
-            known = cache.sharer_caches
-        shapes: Any = [sharer.layer_shapes for sharer in self.config.sharers]
-        readings = [] if beside is None else [beside]
-        for sharer, text, length, state, layers in zip(self.sharers, texts, lengths, known, shapes, strict=True):
-            if text.state is not None:
-                continue
-            text.state = state
-            if self.config.fuse_response:
-                length = text.input_ids.shape[1]
-            if length > 0:
-                check_length("sharers", sharer, length)
-                readings.append((sharer, partial(text.read, sharer, length, len(layers))))
-        results = side_by_side(readings, texts[0].alignment.numel())
+        kept = cache.sharer_caches if isinstance(cache, C2CCache) else []
+        caches = [
+            sharer.cache or earlier for sharer, earlier in zip(sharers, kept or [None] * len(sharers), strict=True)
+        ]
+        calls: dict[int, Callable[[], SharerCache]] = {}
+        for index, (sharer, length) in enumerate(zip(sharers, lengths, strict=True)):
+            length = sharer.length if self.config.fuse_response else length
+            if sharer.cache is None and length > 0:
+                check_length("sharers", self.sharers[index], length)
+                positions = None if sharer.position_ids is None else sharer.position_ids[:, :length]
+                tokens = (sharer.input_ids[:, :length], sharer.attention_mask[:, :length], positions)
+                calls[index] = partial(prefill_sharer, self.sharers[index], *tokens, caches[index])
+        models = [self.receiver, *(self.sharers[index] for index in calls)]
+        own, prefilled = run_concurrently(prefill_receiver, list(calls.values()), models, sharers[0].alignment.numel())
+        for index, sharer_cache in zip(calls, prefilled, strict=True):
+            caches[index] = sharer_cache
         if isinstance(cache, C2CCache):
-            cache.sharer_caches = [text.state for text in texts]
-        return None if beside is None else results[0]
+            cache.sharer_caches = list(caches)
+        return own, caches
 
-    def _clean_states(
-        self, plan: FusionPlan, receiver_inputs: dict[str, Any], cache: Cache, first_kept: int
-    ) -> tuple[LayerStates, torch.Tensor | None]:
-        """Run the receiver over the region that fuses, and return its own states there and the logits wanted of it.
+    def _prefill_fused_region(
+        self, plan: FusionPlan, inputs: ReceiverInputs, cache: Cache, first_kept: int
+    ) -> ReceiverPrefill:
+        """Run the receiver over the region that is fused, the caller's cache unchanged.
 
-        The caller's cache stays as it is. The states are the caller's to change.
+        Returns:
+            Its own states there, which fusion may change in place, and the logits wanted of it.
         """
-        needed = int(plan.row_starts.max()) > first_kept
-        inputs = slice_inputs(receiver_inputs, 0, plan.end)
-        if inputs["attention_mask"] is not None:
-            seq_len = new_length(receiver_inputs)
-            total = inputs["attention_mask"].shape[1]
-            inputs["attention_mask"] = inputs["attention_mask"][:, : total - seq_len + plan.end]
         past_length = int(cache.get_seq_length())
         check_length("receiver", self.receiver, past_length + plan.end)
-        if inputs["inputs_embeds"] is None:
-            del inputs["inputs_embeds"]
-        learns = trains(self.receiver)
-        inputs |= {
-            "logits_to_keep": plan.end - first_kept if needed else 0,
-            "with_gradient": learns,
-            "num_layers": len(self.config.receiver_layer_shapes or ()),
-        }
+        region, needs_grad = inputs.columns(0, plan.end), trains(self.receiver)
+        num_logits = plan.end - first_kept if int(plan.row_starts.max()) > first_kept else 0
+        run = partial(
+            prefill,
+            self.receiver,
+            input_ids=region.input_ids,
+            attention_mask=region.attention_mask,
+            position_ids=region.position_ids,
+            inputs_embeds=region.inputs_embeds,
+            logits_to_keep=num_logits,
+            with_gradient=needs_grad,
+        )
         if self.config.fuse_response and isinstance(cache, C2CCache):
             if past_length > 0 and cache.clean_cache is None:
                 raise ValueError(
                     "`cache`: with `fuse_response=True` a cache can only be continued if it was filled with response "
                     "fusion from the start, but this one was not; start with an empty one."
                 )
-            logits = prefill(self.receiver, cache.keep_clean(), **inputs)
+            logits = run(cache=cache.keep_clean())
             states = cached_states(cache.keep_clean())
             return [(k[:, :, past_length:].clone(), v[:, :, past_length:].clone()) for k, v in states], logits
         if past_length == 0:
             scratch = full_length_cache()
-            logits = prefill(self.receiver, scratch, **inputs)
+            logits = run(cache=scratch)
             states = cached_states(scratch)
-            # Autograd keeps what attention has read, and fusing changes it in place.
-            return [(keys.clone(), values.clone()) for keys, values in states] if learns else states, logits
+            # Autograd keeps the states that attention used, and fusion changes them in place.
+            return [(keys.clone(), values.clone()) for keys, values in states] if needs_grad else states, logits
         recording = RecordingCache(cache.receiver_cache if isinstance(cache, C2CCache) else cache)
-        logits = prefill(self.receiver, recording, **inputs)
+        logits = run(cache=recording)
         return recording.recorded, logits
 
-    def _sharer_texts(
+    def _prefill_head_tokens(self, plan: MemoryPlan, inputs: ReceiverInputs) -> ReceiverPrefill:
+        """Run the receiver over its tokens in front of the slots, see [`prefill_head_tokens`]."""
+        return prefill_head_tokens(plan, self.receiver, inputs, trains(self.receiver)), None
+
+    def rotations(self) -> list[list[Rotation]]:
+        """Return the rotary embedding of every layer's keys: the receiver's, then each sharer's.
+
+        Measured once on the models.
+
+        Raises:
+            ValueError: The keys of a model are rotated in an unknown way, or a sharer is not loaded and its rotations
+                are not recorded.
+        """
+        if self._rotations is None:
+            rotations = [layer_rotations(self.receiver, "receiver")]
+            for sharer, recorded in zip(self.sharers, self.config.sharers, strict=True):
+                if not isinstance(sharer, AbsentSharer):
+                    rotations.append(layer_rotations(sharer, "sharers"))
+                elif recorded.rotations is not None:
+                    rotations.append(read_rotations(recorded.rotations))
+                else:
+                    raise ValueError(
+                        "`load_sharers=False` needs a memory fuser that records the rotations of the sharers' keys, "
+                        "which this one does not; load it with its sharers and save it again."
+                    )
+            self._rotations = rotations
+        return self._rotations
+
+    @property
+    def token_tables(self) -> list[torch.Tensor | None]:
+        """Per sharer the lookup table of the `"first"` and `"longest"` alignments, else `None`."""
+        return [getattr(self, f"token_table_{index}") for index in range(self.config.num_sharers)]
+
+    @property
+    def fusion_enabled(self) -> bool:
+        """Whether fusion is on in the current context, see [`disable_fusion`]."""
+        return id(self) not in _fusion_disabled.get()
+
+    @contextmanager
+    def disable_fusion(self) -> Iterator["C2CForCausalLM"]:
+        """Switch fusion off: within this context every output equals the receiver's own.
+
+        Other threads and asynchronous tasks are not affected.
+        """
+        token = _fusion_disabled.set(_fusion_disabled.get() | {id(self)})
+        try:
+            yield self
+        finally:
+            _fusion_disabled.reset(token)
+
+    # ------------------------------------------------------------------ generation
+
+    def prepare_inputs_for_generation(
         self,
-        receiver_inputs: dict[str, Any],
-        labels: torch.Tensor | None,
-        cache: Cache | None,
-        sharer_inputs: tuple[PerSharer | None, PerSharer | None, PerSharer | None, PerSharer | None],
-    ) -> list[SharerText]:
-        """Collect what each sharer reads; an empty list where the receiver works alone."""
-        input_ids, attention_mask = receiver_inputs["input_ids"], receiver_inputs["attention_mask"]
-        tokens = receiver_inputs["inputs_embeds"] if input_ids is None else input_ids
-        batch_size, seq_len = tokens.shape[:2]
-        given_ids, given_masks, given_alignments, given_positions = sharer_inputs
-        fuse_response = self.config.fuse_response
-        if given_ids is None:
-            if (
-                fuse_response
-                and isinstance(cache, C2CCache)
-                and cache.clean_cache is not None
-                and input_ids is not None
-            ):
-                return continued_texts(self.config, self.token_tables, input_ids, attention_mask, cache)
-            # Asking a static cache for its length waits for the device, so the first answer comes without.
-            if (seq_len <= 1 and not fuse_response) or (cache is not None and int(cache.get_seq_length()) > 0):
-                return []
-        if attention_mask is not None and attention_mask.dim() != 2:
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare one step of `generate` as the receiver does; sharer inputs go into the prefill only."""
+        sharer_inputs = {name: kwargs.pop(name) for name in SHARER_ARGUMENTS if name in kwargs}
+        is_prefill = is_first_iteration or not kwargs.get("use_cache", True)
+        fuses = self.fusion_enabled and (is_prefill or self.config.fuse_response)
+        # Without the cache, the receiver leaves the mask two-dimensional, which the prefills need.
+        cache = pop_cache(kwargs) if fuses else None
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        inputs = self.receiver.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if fuses:
+            inputs[CACHE_ARGUMENT] = cache
+            if is_prefill:
+                inputs.update(sharer_inputs)
+        return inputs
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does, with every mode and argument that it has.
+
+        Sharer inputs may be left out where the alignment is token by token (`"identity"`, `"first"`, `"longest"`).
+
+        Raises:
+            ValueError: With `prefill_chunk_size`: a chunk would attend to the fused states of the one before it.
+        """
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        chunk_size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
+        if self.fusion_enabled and chunk_size is not None:
             raise ValueError(
-                f"`attention_mask` must be of shape (batch_size, length), but got {tuple(attention_mask.shape)}."
+                f"`prefill_chunk_size` must be None, but got {chunk_size}: fusion needs the prompt in one prefill."
             )
-        past_length = 0 if cache is None else int(cache.get_seq_length())
-        if given_ids is None or fuse_response:
-            # Response fusion goes on token by token, so that the sharers' texts are made token by token throughout.
-            texts = texts_from_tokens(
-                self.config, self.token_tables, input_ids, attention_mask, receiver_inputs["position_ids"]
-            )
+        alignments = kwargs.get("sharer_alignment")
+        if self.config.mode == "memory" and not self.fusion_enabled and alignments is not None:
+            alignments = tensor_per_sharer(self.config, "sharer_alignment", alignments)
+            mask = kwargs.get("attention_mask")
+            kwargs["attention_mask"] = hide_slots(torch.ones_like(alignments[0]) if mask is None else mask, alignments)
+        return super().generate(*args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        # The first hook that sees both ids and mask: from here on the prompt's end must be known, because assisted
+        # decoding appends its candidates before the prefill.
+        if self.fusion_enabled and self.config.mode != "memory" and input_ids is not None:
+            self._complete_sharer_inputs(input_ids, model_kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if model_kwargs.get("sharer_caches") is not None:
+            caches = cache_per_sharer(model_kwargs["sharer_caches"], self.config.num_sharers)
+            model_kwargs["sharer_caches"] = caches
+        for name in SHARER_ARGUMENTS:
+            if isinstance(model_kwargs.get(name), list | tuple):
+                model_kwargs[name] = [
+                    None if value is None else value.repeat_interleave(expand_size, dim=0)
+                    for value in model_kwargs[name]
+                ]
+        return input_ids, model_kwargs
+
+    def _complete_sharer_inputs(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Write the sharer inputs that the caller left out into `model_kwargs`."""
+        ids, masks, alignment, positions = (model_kwargs.get(name) for name in _SHARER_TENSORS)
+        # Response fusion makes the sharers' tokens one by one, those of the answer, too.
+        if self.config.fuse_response or (ids is not None and alignment is not None):
+            return
+        mask = model_kwargs.get("attention_mask")
+        if ids is None:
+            tokens = input_ids if model_kwargs.get("inputs_embeds") is None else None
+            inputs = ReceiverInputs(tokens, None, mask, model_kwargs.get("position_ids"))
+            sharers = sharer_inputs_from_tokens(self.config, self.token_tables, inputs)
+            model_kwargs["sharer_input_ids"] = [sharer.input_ids for sharer in sharers]
+            model_kwargs["sharer_attention_mask"] = [sharer.attention_mask for sharer in sharers]
+            if all(sharer.position_ids is not None for sharer in sharers):
+                model_kwargs["sharer_position_ids"] = [sharer.position_ids for sharer in sharers]
         else:
-            texts = texts_as_given(self.config, given_ids, given_masks, given_positions, batch_size)
-        ends = last_prompt_positions(attention_mask, labels, tokens)
-        if given_alignments is None:
-            for text in texts:
-                text.alignment = leave_out(
-                    text.alignment, attention_mask, None if fuse_response else ends, past_length, seq_len
-                )
-            return texts
-        columns = torch.arange(seq_len, device=tokens.device)
-        alignments = per_sharer(self.config, "sharer_alignment", given_alignments)
-        for text, alignment in zip(texts, alignments, strict=True):
-            alignment = new_positions(alignment, batch_size, seq_len, past_length)
-            if fuse_response:
-                # The caller says which prompt positions fuse; from the last one on all do.
-                left_out = (alignment < 0) & (columns < ends.unsqueeze(1)).to(alignment.device)
-                alignment = text.alignment.masked_fill(left_out.to(text.alignment.device), -1)
-            text.alignment = alignment
-        return texts
+            given = GivenSharerInputs(ids, masks, None, positions)
+            sharers = check_sharer_inputs(self.config, given, input_ids.shape[0])
+        if alignment is None:
+            ends = last_prompt_positions(mask, None, input_ids)
+            model_kwargs["sharer_alignment"] = [
+                default_alignment(sharer.alignment, mask, ends, 0, input_ids.shape[1]) for sharer in sharers
+            ]
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # The assistant is a plain model without sharer inputs.
+        plain = {name: value for name, value in model_kwargs.items() if name not in SHARER_ARGUMENTS}
+        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)
+
+    # ------------------------------------------------------------------ building and loading
+
+    @classmethod
+    def from_receiver_and_sharers(
+        cls,
+        receiver: BaseModel,
+        sharers: BaseModel | Sequence[BaseModel],
+        receiver_kwargs: dict[str, Any] | None = None,
+        sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        token_alignment: str | Sequence[str | None] | None = None,
+        **config_fields: Any,
+    ) -> "C2CForCausalLM":
+        """Build an untrained pair: its gates are closed, so that its output is the receiver's.
+
+        Args:
+            receiver: Hub id, folder or loaded model.
+            sharers: One of these, or a list.
+            receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
+            sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
+            token_alignment: See [`SharerConfig`]; one for all, or one per sharer. `None`: `"identity"` between equal
+                vocabularies, else `"span"`.
+            **config_fields: Fields of [`C2CConfig`], and those of [`SharerConfig`] that are not measured on the
+                models, with one value for all sharers or one per sharer.
+
+        Raises:
+            ValueError: For models or values that do not go together.
+        """
+        C2CConfig.check_names(config_fields, by_user=True)
+        bases = _as_list(sharers)
+        if not bases:
+            raise ValueError("`sharers` must name at least one model, but the list is empty.")
+        all_kwargs = [receiver_kwargs or {}, *kwargs_per_sharer(sharer_kwargs, len(bases))]
+        roles = ["receiver", *["sharers"] * len(bases)]
+        loaded = [
+            load_base_model(base, role, kwargs)
+            for base, role, kwargs in zip([receiver, *bases], roles, all_kwargs, strict=True)
+        ]
+        models = [model for model, _, _ in loaded]
+        tokenizers = [load_tokenizer(name, kwargs) for (_, name, _), kwargs in zip(loaded, all_kwargs, strict=True)]
+        if config_fields.get("mode") == "memory":
+            token_alignment = token_alignment or "span"
+        alignments = resolve_alignments(
+            token_alignment, tokenizers, [model.get_input_embeddings().weight.shape[0] for model in models]
+        )
+        records = [
+            {
+                "name_or_path": name,
+                "revision": revision,
+                "config": model.config,
+                "fingerprint": fingerprint(model),
+                "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
+            }
+            for (model, name, revision), tokenizer in zip(loaded, tokenizers, strict=True)
+        ]
+        own, *others = records
+        config = C2CConfig(
+            **{f"receiver_{field}": value for field, value in own.items()},
+            sharers=[
+                SharerConfig(**record, token_alignment=alignment)
+                for record, alignment in zip(others, alignments, strict=True)
+            ],
+        )
+        config.override(config_fields)
+        model = cls(config, models[0], models[1:])
+        for index, alignment in enumerate(alignments):
+            if alignment in ("first", "longest"):
+                model.set_token_table(index, tokenizers[0], tokenizers[index + 1])
+        return model.eval()
+
+    def set_token_table(
+        self,
+        sharer_index: int,
+        receiver_tokenizer: PreTrainedTokenizerBase | None,
+        sharer_tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """Build the lookup table of the `"first"` and `"longest"` alignments; it is saved with the fuser.
+
+        Args:
+            sharer_index: Which sharer.
+            receiver_tokenizer: The receiver's tokenizer.
+            sharer_tokenizer: That sharer's tokenizer.
+
+        Raises:
+            ValueError: A tokenizer is missing.
+        """
+        strategy = self.config.token_alignments[sharer_index]
+        if receiver_tokenizer is None or sharer_tokenizer is None:
+            raise ValueError(
+                f"`token_alignment={strategy!r}` needs both tokenizers, but a loaded model without a name or path "
+                "brings none; pass names, or call `set_token_table`."
+            )
+        table: torch.Tensor = getattr(self, f"token_table_{sharer_index}")
+        built = build_token_table(receiver_tokenizer, sharer_tokenizer, strategy, vocab_size=len(table))
+        table.copy_(built[: len(table)])
+        self.config.sharers[sharer_index].bos_token_id = own_bos_token_id(sharer_tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        config: C2CConfig | None = None,
+        receiver: BaseModel | None = None,
+        sharers: BaseModel | Sequence[BaseModel] | None = None,
+        receiver_kwargs: dict[str, Any] | None = None,
+        sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        verify_base_models: bool = True,
+        load_sharers: bool = True,
+        **kwargs: Any,
+    ) -> "C2CForCausalLM":
+        """Load a saved fuser together with its base models.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of the fuser.
+            config: Used in place of the saved configuration.
+            receiver: A loaded receiver, or another place of the same; `None`: by the recorded name and revision.
+            sharers: The same for the sharers.
+            receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
+            sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
+            dtype: Precision of the base models; the fuser stays in float32 and computes in the receiver's. For
+                inference alone, `model.fuser.to(dtype)` saves a second copy of its weights and changes no result.
+            device_map: Placement of each base model.
+            attn_implementation: Attention of the base models, such as `"flash_attention_2"`.
+            verify_base_models: Compare the base models' weights and revisions with those recorded; of quantized ones,
+                whose weights cannot be compared, the vocabularies.
+            load_sharers: Off, no sharer is loaded: their caches come as `sharer_caches`.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
+                fuser is on the Hub; fields of [`C2CConfig`] and [`SharerConfig`] override the saved ones.
+
+        Raises:
+            ValueError: The checkpoint or the base models do not fit.
+            OSError: A file is missing.
+        """
+        name = str(pretrained_model_name_or_path)
+        hub_kwargs = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
+        # The Auto classes hand these over; code of base models is allowed in `receiver_kwargs` and `sharer_kwargs`.
+        for key in ("trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
+            kwargs.pop(key, None)
+        for key in ("gguf_file", "quantization_config", "max_memory"):
+            # lm-evaluation-harness hands these to every model, as None where it asks for nothing.
+            if key in kwargs and kwargs[key] is None:
+                del kwargs[key]
+        check_subfolder(hub_kwargs.get("subfolder"))
+        if not isinstance(config, C2CConfig):
+            config = C2CConfig.from_pretrained(name, **hub_kwargs)
+        if config.num_sharers == 0:
+            raise ValueError(
+                f"`pretrained_model_name_or_path`: {name!r} is no saved fuser: its configuration names no sharer."
+            )
+        legacy_dtype = kwargs.pop("torch_dtype", None)
+        dtype = legacy_dtype if dtype is None else dtype
+        if getattr(config.receiver_config, "_attn_implementation", None) is None:
+            # The Auto classes write this argument into the configuration that they load. The configuration of a loaded
+            # model is not asked: the receiver's attention need not suit the sharers.
+            attn_implementation = attn_implementation or config._attn_implementation
+        config.override(kwargs)
+        # Configuration and weights must be those of one commit, also where the repository changes in between.
+        revision = resolve_revision(name, hub_kwargs)
+        hub_kwargs.update({} if revision is None else {"revision": revision})
+        shared_kwargs = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        shared_kwargs |= {key: hub_kwargs.get(key) for key in ("token", "cache_dir", "local_files_only")}
+        shared_kwargs = {key: value for key, value in shared_kwargs.items() if value is not None}
+        all_kwargs = [receiver_kwargs or {}, *kwargs_per_sharer(sharer_kwargs, config.num_sharers)]
+        models = load_base_models(
+            config,
+            receiver,
+            None if sharers is None else _as_list(sharers),
+            [{**shared_kwargs, **own} for own in all_kwargs],
+            load_sharers,
+            verify_base_models,
+        )
+        model = cls(config, *models[:1], models[1:])
+        if verify_base_models:
+            verify_weights(config, models, [{**shared_kwargs, **own} for own in all_kwargs])
+        weights = load_fuser_weights(name, hub_kwargs)
+        check_fuser_weights(weights, model._own_state_dict())
+        model.load_state_dict(weights, strict=False)
+        load_adapter(model.receiver, name, hub_kwargs)
+        model.name_or_path = config.name_or_path or name
+        return model.eval()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Let the fusers recompute hidden states in the backward pass; base models are frozen and stay as they are.
+
+        Checkpointed layers of a base model would drop its cache.
+        """
+        for module in self.fuser.modules():
+            if isinstance(module, FuserGroup):
+                module.gradient_checkpointing = enable
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: the fusers' weights need no gradients of the receiver's embeddings."""
+
+    def init_weights(self) -> None:
+        """Leave all weights as they are: base models are initialized, fusers initialize themselves."""
+
+    def train(self, mode: bool = True) -> "C2CForCausalLM":
+        """Set the mode of the fuser and of an adapter's dropout; base models stay in evaluation mode."""
+        super().train(mode)
+        set_adapter_mode(self.receiver.eval(), mode)
+        self.sharers.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the receiver's input embeddings."""
+        return self.receiver.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the receiver's output embeddings."""
+        return self.receiver.get_output_embeddings()
+
+    # ------------------------------------------------------------------ saving and publishing
+
+    def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        items = (self.state_dict() if state_dict is None else state_dict).items()
+        return {name: value for name, value in items if is_own_weight(name)}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        is_main_process: bool = True,
+        with_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save configuration and fuser, never a base model's weight; the receiver's PEFT adapter, if it has one.
+
+        The files are written to a staging folder first and moved to their places when all are complete, so that an
+        interrupted save leaves the earlier files as they were.
+
+        Args:
+            save_directory: The folder; made if needed.
+            state_dict: Weights to save in place of the model's own; those of base models are left out.
+            push_to_hub: Upload afterwards, see [`push_to_hub`].
+            is_main_process: Only the main process writes.
+            with_code: Save short code files beside them, so that `AutoModelForCausalLM.from_pretrained(...,
+                trust_remote_code=True)` finds the classes of the installed package without `import c2c_hf`.
+            **kwargs: Arguments of transformers' `save_pretrained`, such as `max_shard_size`; with `push_to_hub` those
+                of [`push_to_hub`] as well.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+            OSError: The disk is full.
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"`save_directory` must be a folder, but {str(target)!r} is a file.")
+        push_kwargs = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
+        if not is_main_process:
+            return
+        if self.config.mode == "memory" and not any(isinstance(sharer, AbsentSharer) for sharer in self.sharers):
+            # A model that is loaded without its sharers cannot measure them.
+            for sharer_config, rotations in zip(self.config.sharers, self.rotations()[1:], strict=True):
+                sharer_config.rotations = describe_rotations(rotations)
+        with staged_folder(target, replaces=_is_saved_weight, last=CONFIG_NAME) as staging:
+            try:
+                super().save_pretrained(staging, state_dict=self._own_state_dict(state_dict), **kwargs)
+            except SafetensorError as error:
+                # What safetensors raises where the disk is full.
+                raise OSError(f"The fuser could not be written ({error}); the earlier files are unchanged.") from error
+            # transformers itself writes the code of classes that came with a checkpoint.
+            if type(self)._auto_class is None:
+                classes = {"AutoConfig": type(self.config), "AutoModelForCausalLM": type(self)}
+                write_code(staging, CONFIG_NAME, classes if with_code else None)
+            if has_adapter(self.receiver):
+                save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+        if push_to_hub:
+            repo_id = push_kwargs.pop("repo_id", target.resolve().name)
+            self.push_to_hub(repo_id, with_code=with_code, **push_kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        processor: C2CProcessor | None = None,
+        tags: Sequence[str] | str | None = None,
+        with_code: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Publish configuration, fuser, processor and model card in one commit; never a base model's weight.
+
+        Args:
+            repo_id: `name` or `owner/name`; made if needed.
+            processor: Of the pair. `None`: made from the base models' names, as
+                [`C2CProcessor.from_receiver_and_sharers`] does.
+            tags: Further tags of the card.
+            with_code: See [`save_pretrained`].
+            max_shard_size: Largest size of a weights file.
+            **kwargs: `receiver` and `sharers`, Hub ids to record in place of local folders; `card`, or what one is
+                made of: `license`, `evaluation`, `training`, `datasets`; where it goes: `subfolder`, `private`,
+                `token`, `revision` (a branch), `create_pr`, `commit_message`, `commit_description`. See
+                [`~hub.publish_fuser`].
+
+        Returns:
+            The commit.
+
+        Raises:
+            ValueError: A base model is a local folder, the license is unknown, or an argument is.
+            OSError: The Hub refuses or does not answer, or the disk is full; nothing is committed then.
+        """
+        if processor is None:
+            names: list[Any] = [
+                self.config.receiver_name_or_path,
+                *(sharer.name_or_path for sharer in self.config.sharers),
+            ]
+            if None in names:
+                raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
+            processor = C2CProcessor.from_receiver_and_sharers(names[0], names[1:], self.config.token_alignments)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, with_code=with_code, max_shard_size=max_shard_size)
+            processor.save_pretrained(folder, with_code=with_code)
+            tags = [tags] if isinstance(tags, str) else tags or ()
+            return publish_fuser(folder, repo_id, tags=tags, **kwargs)
+
+    def _processor_of_base_models(self) -> C2CProcessor:
+        receiver, *sharers = [
+            self.config.receiver_name_or_path,
+            *(sharer.name_or_path for sharer in self.config.sharers),
+        ]
+        if receiver is None or None in sharers:
+            raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
+        return C2CProcessor.from_receiver_and_sharers(
+            receiver,
+            sharers,
+            self.config.token_alignments,
+            mode=self.config.mode,
+            memory_sink_tokens=self.config.memory_sink_tokens,
+        )
+
+
+def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:
+    return [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
+
+
+def _is_saved_weight(name: str) -> bool:
+    """Return whether a file or folder of this name belongs to an earlier save of a fuser."""
+    return name == ADAPTER_FOLDER or re.fullmatch(r"model.*\.safetensors.*", name) is not None

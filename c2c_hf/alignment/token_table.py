@@ -9,18 +9,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration_c2c import TOKEN_ALIGNMENTS, check_choice, one_per_sharer
+
 REPLACEMENT_CHARACTER = "\ufffd"
 #: The order of the reference: where two roles share an id, the later one decides.
 ROLES = ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")
 
 #: (start on the receiver's side, start on the sharer's side, number of characters)
 Segment = tuple[int, int, int]
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not among those allowed."""
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
 def decode_each(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -235,3 +231,41 @@ def align_spans(
     inside = (run >= 0) & (end - start < length) & (receiver[:, 1] > receiver[:, 0])
     result[inside] = owner[(end - start + sharer_start)[inside]]
     return result
+
+
+def resolve_alignments(
+    token_alignment: str | Sequence[str | None] | None,
+    tokenizers: Sequence[PreTrainedTokenizerBase | None],
+    num_embeddings: Sequence[int] | None = None,
+) -> list[str]:
+    """Choose the token alignment of each sharer.
+
+    Args:
+        token_alignment: One for all sharers, or one per sharer. `None`: `"identity"` between equal vocabularies, else
+            `"span"`.
+        tokenizers: The receiver's, then each sharer's; `None` where there is none.
+        num_embeddings: Number of embeddings of each model, which decides where a tokenizer is missing.
+
+    Raises:
+        ValueError: For an unknown alignment, another number of them, or `identity` between different vocabularies.
+    """
+    receiver, *sharers = tokenizers
+    resolved = []
+    wanted = one_per_sharer("token_alignment", token_alignment, len(sharers))
+    for index, (alignment, sharer) in enumerate(zip(wanted, sharers, strict=True), start=1):
+        if alignment is not None:
+            check_choice("token_alignment", alignment, TOKEN_ALIGNMENTS)
+        sizes = [len(tokenizer) if tokenizer is not None else 0 for tokenizer in (receiver, sharer)]
+        if receiver is None or sharer is None:
+            sizes = [num_embeddings[0], num_embeddings[index]] if num_embeddings is not None else sizes
+            same = sizes[0] == sizes[1]
+        else:
+            # A receiver's added token is harmless to a sharer that lacks it, if there is an embedding for its id.
+            same = same_vocabulary(receiver, sharer) and (num_embeddings is None or sizes[0] <= num_embeddings[index])
+        if alignment == "identity" and not same:
+            raise ValueError(
+                f"`token_alignment='identity'` needs one vocabulary, but the receiver's ({sizes[0]} tokens) and that "
+                f"of sharer {index - 1} ({sizes[1]} tokens) differ; use 'span', 'first' or 'longest'."
+            )
+        resolved.append(alignment or ("identity" if same else "span"))
+    return resolved

@@ -1,28 +1,63 @@
-"""Loading of base models and their tokenizers, and the checks that they belong together."""
+"""Base models and their tokenizers: loading, and the checks that they belong to a fuser."""
 
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
-from ..alignment.token_table import same_vocabulary
-from ..configuration_c2c import C2CConfig, LayerShape
+from ..configuration_c2c import C2CConfig, one_per_sharer
 from ..hub.download import HUB_KWARGS
 from ..inference.fingerprints import fingerprint, tokenizer_hash
 from ..inference.prefill import probe_layer_shapes
-from ..pretrained_processor import TOKENIZER_KWARGS, WITHOUT_CODE
-from .absent_sharer import AbsentSharer
 
 logger = logging.getLogger(__name__)
 
+#: Arguments that name the code of others, which runs only where `receiver_kwargs` or `sharer_kwargs` ask for it.
+WITHOUT_CODE = {"trust_remote_code": False}
+#: Arguments of a model's `from_pretrained` that its tokenizer's understands as well.
+TOKENIZER_KWARGS = (*HUB_KWARGS, "code_revision", "gguf_file", "tokenizer_type", "trust_remote_code", "use_fast")
 VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
+
 #: A loaded model, or the Hub id or folder of one.
 BaseModel: TypeAlias = str | Path | PreTrainedModel
+
+
+class AbsentSharer(torch.nn.Module):
+    """Stands for a sharer that runs elsewhere: its configuration without weights.
+
+    Its cache comes as `sharer_caches`.
+
+    Args:
+        config: The sharer's configuration.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refuse to run.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "`sharer_caches` must be given, since the sharers were not loaded (`load_sharers=False`); prefill them "
+            "elsewhere with `SharerCache.prefill`, or load them here."
+        )
+
+    get_input_embeddings = forward
 
 
 def load_base_model(
@@ -91,44 +126,96 @@ def check_base_model(role: str, field: str, saved: object, found: object, hint: 
         )
 
 
-def verify_base_model(
-    role: str,
-    model: PreTrainedModel | AbsentSharer,
-    recorded_fingerprint: str | None,
-    recorded_hash: str | None,
-    model_kwargs: dict[str, Any],
+def load_base_models(
+    config: C2CConfig,
+    receiver: BaseModel | None,
+    sharers: Sequence[BaseModel] | None,
+    all_kwargs: Sequence[dict[str, Any]],
+    load_sharers: bool,
+    verify_revisions: bool,
+) -> list[PreTrainedModel | AbsentSharer]:
+    """Load the base models of a saved fuser, the receiver first.
+
+    Args:
+        config: Records names and revisions.
+        receiver: A loaded receiver, or another place of the same. `None`: by the recorded name and revision.
+        sharers: The same for the sharers, one per sharer.
+        all_kwargs: Arguments of each model's own `from_pretrained`.
+        load_sharers: Off: the sharers' configurations alone.
+        verify_revisions: Compare the revisions found with those recorded.
+
+    Raises:
+        ValueError: Their number is wrong, a name is not recorded, or a revision is another one.
+    """
+    if sharers is not None and len(sharers) != config.num_sharers:
+        raise ValueError(f"`sharers`: this fuser has {config.num_sharers} sharers, but got {len(sharers)}.")
+    if not load_sharers:
+        if sharers is not None:
+            raise ValueError("`sharers` must be None with `load_sharers=False`.")
+        if any(sharer.layer_shapes is None for sharer in config.sharers):
+            raise ValueError(
+                "`load_sharers` must be True, since the configuration does not record the sharers' shapes."
+            )
+    recorded = [
+        (config.receiver_name_or_path, config.receiver_revision),
+        *((sharer.name_or_path, sharer.revision) for sharer in config.sharers),
+    ]
+    given: list[BaseModel | None] = [receiver, *(sharers or [None] * config.num_sharers)]
+    models: list[PreTrainedModel | AbsentSharer] = []
+    for index, (handed_over, (name, revision), kwargs) in enumerate(zip(given, recorded, all_kwargs, strict=True)):
+        role = "sharers" if index else "receiver"
+        if index and not load_sharers:
+            models.append(AbsentSharer(config.sharers[index - 1].config))
+            continue
+        base = name if handed_over is None else handed_over
+        if base is None:
+            raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
+        at_revision = {} if handed_over is not None or revision is None else {"revision": revision}
+        model, _, found = load_base_model(base, role, {**at_revision, **kwargs})
+        # A model from elsewhere has commits of its own; its weights are compared.
+        if verify_revisions and handed_over is None:
+            check_base_model(role, "revision", revision, found, VERIFY_HINT)
+        models.append(model)
+    return models
+
+
+def verify_weights(
+    config: C2CConfig, models: Sequence[PreTrainedModel | AbsentSharer], all_kwargs: Sequence[dict[str, Any]]
 ) -> None:
-    """Compare a base model's weights with those recorded, or where they cannot be compared, its vocabulary.
+    """Compare the base models' weights with those recorded, or where they cannot be compared, the vocabularies.
+
+    Args:
+        config: Records fingerprints and hashes.
+        models: The receiver, then the sharers.
+        all_kwargs: Arguments with which each was loaded.
 
     Raises:
         ValueError: They differ.
     """
-    if isinstance(model, AbsentSharer):
-        return
-    found = fingerprint(model)
-    check_base_model(role, "weights' fingerprint", recorded_fingerprint, found, VERIFY_HINT)
-    if found is not None or recorded_fingerprint is None:
-        return
-    logger.warning("The weights of %s %r were not compared (see `fingerprint`).", role, model.name_or_path)
-    tokenizer = load_tokenizer(model.name_or_path or None, model_kwargs) if recorded_hash is not None else None
-    if tokenizer is not None:
-        check_base_model(role, "vocabulary hash", recorded_hash, tokenizer_hash(tokenizer), VERIFY_HINT)
-
-
-def per_sharer_kwargs(
-    sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None, num_sharers: int
-) -> list[dict[str, Any]]:
-    """Spread one dictionary of arguments over all sharers, or check that there is one per sharer."""
-    if sharer_kwargs is None or isinstance(sharer_kwargs, dict):
-        return [sharer_kwargs or {}] * num_sharers
-    if len(sharer_kwargs) != num_sharers:
-        raise ValueError(
-            f"`sharer_kwargs` must be one dictionary or one per sharer ({num_sharers}), but got {len(sharer_kwargs)}."
+    recorded = [
+        (config.receiver_fingerprint, config.receiver_tokenizer_hash),
+        *((sharer.fingerprint, sharer.tokenizer_hash) for sharer in config.sharers),
+    ]
+    for index, (model, (expected, expected_hash), kwargs) in enumerate(zip(models, recorded, all_kwargs, strict=True)):
+        role = "sharers" if index else "receiver"
+        if isinstance(model, AbsentSharer):
+            continue
+        found = fingerprint(model)
+        check_base_model(role, "weights' fingerprint", expected, found, VERIFY_HINT)
+        if found is not None or expected is None:
+            continue
+        logger.warning(
+            "The weights of %s %r cannot be compared with those that the fuser was trained with, because they are "
+            "quantized, offloaded or in float16; make sure that it is the same model.",
+            role,
+            model.name_or_path,
         )
-    return list(sharer_kwargs)
+        tokenizer = load_tokenizer(model.name_or_path or None, kwargs) if expected_hash is not None else None
+        if tokenizer is not None:
+            check_base_model(role, "vocabulary hash", expected_hash, tokenizer_hash(tokenizer), VERIFY_HINT)
 
 
-def load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> Any:
+def load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer beside a base model; `None` where there is none."""
     if name is None:
         return None
@@ -136,94 +223,43 @@ def load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **{**WITHOUT_CODE, **kwargs})
     except (OSError, ValueError):
-        # A model without a tokenizer is fine as long as no alignment needs one, which is checked where it does.
+        # A model without a tokenizer serves as long as no alignment needs one, which is checked there.
         return None
 
 
-def resolve_alignments(
-    token_alignment: str | Sequence[str] | None, models: Sequence[PreTrainedModel], tokenizers: Sequence[Any]
-) -> list[str]:
-    """Choose each sharer's alignment, and refuse `identity` between different vocabularies."""
-    if token_alignment is None or isinstance(token_alignment, str):
-        wished: list[str | None] = [token_alignment] * (len(models) - 1)
-    else:
-        wished = list(token_alignment)
-    if len(wished) != len(models) - 1:
-        raise ValueError(
-            f"`token_alignment` needs one value, or one per sharer ({len(models) - 1}), but got {wished!r}."
-        )
-    sizes = [model.get_input_embeddings().weight.shape[0] for model in models]
-    resolved = []
-    for index, alignment in enumerate(wished, start=1):
-        if tokenizers[0] is not None and tokenizers[index] is not None:
-            # A receiver's added token is harmless to a sharer that lacks it, if there is an embedding for its id.
-            same = same_vocabulary(tokenizers[0], tokenizers[index]) and len(tokenizers[0]) <= sizes[index]
-        else:
-            same = sizes[0] == sizes[index]
-        if alignment == "identity" and not same:
-            raise ValueError(
-                "`token_alignment='identity'` needs receiver and sharer to have the same vocabulary, but those of "
-                f"{type(models[0]).__name__} ({sizes[0]} tokens) and {type(models[index]).__name__} ({sizes[index]} "
-                "tokens) differ; use 'span', 'first' or 'longest'."
-            )
-        resolved.append(alignment or ("identity" if same else "span"))
-    return resolved
-
-
-def base_models_to_load(
-    config: C2CConfig,
-    receiver: BaseModel | None,
-    sharers: BaseModel | Sequence[BaseModel] | None,
-    load_sharers: bool = True,
-) -> list[BaseModel | AbsentSharer]:
-    """Take the base models handed over, and the recorded names of the others.
+def kwargs_per_sharer(
+    sharer_kwargs: dict[str, Any] | Sequence[dict[str, Any]] | None, num_sharers: int
+) -> list[dict[str, Any]]:
+    """Return the loading arguments of each sharer: one dictionary for all, or one per sharer.
 
     Raises:
-        ValueError: Their number is wrong, or a name is not recorded.
+        ValueError: Their number is wrong.
     """
-    names: list[Any] = [config.receiver_name_or_path if receiver is None else receiver]
-    if not load_sharers:
-        if any(sharer.layer_shapes is None for sharer in config.sharers):
-            raise ValueError(
-                "`load_sharers` must be True, since the configuration does not record the sharers' shapes."
-            )
-        names += [AbsentSharer(sharer.config) for sharer in config.sharers]
-    elif sharers is None:
-        names += [sharer.name_or_path for sharer in config.sharers]
-    else:
-        names += [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
-    if len(names) != config.num_sharers + 1:
-        raise ValueError(f"`sharers`: this fuser has {config.num_sharers} sharers, but got {len(names) - 1}.")
-    for index, name in enumerate(names):
-        if name is None:
-            role = "sharers" if index else "receiver"
-            raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
-    return names
+    given = list(sharer_kwargs) if isinstance(sharer_kwargs, Sequence) else sharer_kwargs or {}
+    return one_per_sharer("sharer_kwargs", given, num_sharers)
 
 
 def record_layer_shapes(
     config: C2CConfig, receiver: PreTrainedModel, sharers: Sequence[PreTrainedModel | AbsentSharer]
-) -> tuple[list[LayerShape], list[list[LayerShape]]]:
-    """Read the layer shapes off the base models, compare them with those recorded, and record them.
+) -> None:
+    """Measure the layer shapes of the base models, compare them with those recorded, and record them.
 
     Raises:
         ValueError: A model has no plain key/value cache, or other shapes than those recorded.
     """
-    receiver_shapes = probe_layer_shapes(receiver, "receiver")
-    recorded_shapes: list[Any] = [sharer.layer_shapes for sharer in config.sharers]
-    sharer_shapes: list[list[LayerShape]] = [
-        list(saved) if isinstance(sharer, AbsentSharer) else probe_layer_shapes(sharer, "sharers")
-        for sharer, saved in zip(sharers, recorded_shapes, strict=True)
-    ]
+    found = probe_layer_shapes(receiver, "receiver")
+    _check_shapes("receiver", config.receiver_layer_shapes, found)
+    config.receiver_layer_shapes = [list(shape) for shape in found]
+    for sharer_config, sharer in zip(config.sharers, sharers, strict=True):
+        if isinstance(sharer, PreTrainedModel):
+            found = probe_layer_shapes(sharer, "sharers")
+            _check_shapes("sharers", sharer_config.layer_shapes, found)
+            sharer_config.layer_shapes = [list(shape) for shape in found]
+
+
+def _check_shapes(role: str, saved: Sequence[Sequence[int]] | None, found: Sequence[Sequence[int]]) -> None:
     field = "layer shapes (key/value heads, key width, value width)"
-    roles = ["receiver", *["sharers"] * len(sharer_shapes)]
-    recorded = [config.receiver_layer_shapes, *recorded_shapes]
-    for role, saved, found in zip(roles, recorded, [receiver_shapes, *sharer_shapes], strict=True):
-        check_base_model(role, field, None if saved is None else summarize_shapes(saved), summarize_shapes(found))
-    config.receiver_layer_shapes = [list(shape) for shape in receiver_shapes]
-    for sharer_config, shapes in zip(config.sharers, sharer_shapes, strict=True):
-        sharer_config.layer_shapes = [list(shape) for shape in shapes]
-    return receiver_shapes, sharer_shapes
+    check_base_model(role, field, None if saved is None else summarize_shapes(saved), summarize_shapes(found))
 
 
 def summarize_shapes(shapes: Sequence[Sequence[int]]) -> str:

@@ -69,7 +69,7 @@ def _answer_about(document: str, questions: list[str], max_new_tokens: int) -> N
 
     from ..demo.compare import answer_fused
     from ..demo.local_pair import from_pretrained
-    from ..inference.prefill import SharerCache
+    from ..inference.sharer_cache import SharerCache
 
     model, processor = from_pretrained("memory", dtype="float32")
     print("The memory fuser is the trained one that comes with this package (model_cards/memory.md).")

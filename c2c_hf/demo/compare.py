@@ -7,7 +7,7 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..inference.prefill import SharerCache
+from ..inference.sharer_cache import SharerCache
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 

@@ -1,8 +1,9 @@
-"""Closed-form maps from a sharer's states to the receiver's: a memory fuser in minutes, without a gradient."""
+"""`fit_ridge`: closed-form maps from a sharer's states to the receiver's, without gradients."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,16 +11,31 @@ from transformers.utils.logging import tqdm
 
 from ..fusers.memory import MemoryFuser
 from ..inference.memory_slots import position_free_tokens
-from ..inference.prefill import read_text
 from ..inference.rotary import Rotation
+from ..inference.sharer_cache import prefill_sharer
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .solver import RidgeReport, Sums, solve_maps
-from .variance_scaling import choose_stretch
+from .solver import RidgeReport, TokenSums, solve_maps
+from .variance_scaling import choose_variance_scale
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
-#: Tokens whose products are summed up at once: adding to sums of the features' width is what costs.
-_CHUNK = 4096
+#: Tokens that are added to the sums at once: an addition costs as much for few tokens as for many.
+_CHUNK_TOKENS = 4096
+
+#: `(num_tokens, heads * head_dim)` per entry: every layer's keys, free of position, then every layer's values.
+Entries: TypeAlias = list[torch.Tensor]
+
+
+class AlignedStates(NamedTuple):
+    """States of the same tokens of both models.
+
+    Attributes:
+        sharer: The sharer's entries.
+        receiver: The receiver's entries.
+    """
+
+    sharer: Entries
+    receiver: Entries
 
 
 @torch.no_grad()
@@ -36,28 +52,29 @@ def fit_ridge(
     progress: bool = True,
     questions: Sequence[Mapping[str, Any]] | None = None,
 ) -> RidgeReport:
-    """Fit a memory fuser on texts that sharer and receiver both read.
+    """Fit a memory fuser by ridge regression on texts that sharer and receiver both prefill.
 
-    Where tokens of both end at the same character, the sharer's states are mapped to the receiver's own. Keys are
-    compared free of rotary position. Texts stream: what is kept grows with the width of the features alone.
+    Where tokens of both end at the same character, the sharer's states are mapped to the receiver's. Keys are compared
+    free of rotary position. Texts are streamed: memory grows with the width of the features, not with the texts.
     A fuser with `memory_rank` gets the best map of that rank (reduced-rank regression); a residual network is reset.
 
     Args:
         model: A pair with `mode="memory"`; its fuser is overwritten.
         processor: The pair's.
-        texts: Plain texts, the more like the contexts to come the better.
+        texts: Plain texts, the more like the later contexts the better.
         sharer_index: Which sharer's fuser.
-        alphas: Penalties to choose among per layer, on the tokens held out, relative to the mean variance.
+        alphas: Penalties to choose among per layer, on the held-out tokens, relative to the mean variance.
         held_out_share: Share of the batches held out.
         max_held_out: Largest number of tokens held out.
-        batch_size: Texts read at once.
+        batch_size: Texts per batch.
         max_length: Tokens after which a text is cut, of each model by itself.
-        progress: Show a progress bar.
-        questions: Rows of `sharer_context`, `question`, `choices` and `answer`, by which the maps are stretched, see
-            [`~stretching.choose_stretch`]; `None`: they stay as least squares makes them, which is too flat.
+        progress: Show progress bars.
+        questions: Rows of `sharer_context`, `question`, `choices` and `answer`, by which the variance of the maps'
+            output is scaled, see [`~fitting.variance_scaling.choose_variance_scale`]. `None`: the maps stay as least
+            squares gives them, with too little variance.
 
     Returns:
-        How well the held-out states are predicted, before stretching.
+        How well the held-out states are predicted, before variance scaling.
 
     Raises:
         ValueError: Not in memory mode, or too few texts.
@@ -66,116 +83,154 @@ def fit_ridge(
         raise ValueError(f"`fit_ridge` needs `mode='memory'`, but the model has {model.config.mode!r}.")
     fuser: MemoryFuser = model.fuser[sharer_index]
     fuser.sharer_scales.fill_(1.0)
-    # Layers that are made from the same sharer layers share what is summed over the features.
-    firsts = {tuple(sources): layer_idx for layer_idx, sources in enumerate(fuser.sources)}
-    windows = {sources: Sums() for sources in firsts}
-    layers = [Sums() for _ in fuser.sources]
-
-    def add(tokens: list[tuple[list[torch.Tensor], list[torch.Tensor]]], held: bool) -> None:
-        sharer_tokens, receiver_tokens = (
-            [torch.cat(entry) for entry in zip(*side, strict=True)] for side in zip(*tokens, strict=True)
-        )
-        features = {sources: fuser.features(sharer_tokens, first).float() for sources, first in firsts.items()}
-        targets = [torch.cat(pair, -1).float() for pair in zip(*_halves(receiver_tokens), strict=True)]
-        for sums, own, x in (
-            *((windows[sources], x, x) for sources, x in features.items()),
-            *((layer, y, features[tuple(s)]) for layer, y, s in zip(layers, targets, fuser.sources, strict=True)),
-        ):
-            if held:
-                sums.held.append(own)
-            else:
-                sums.add(own, x)
-
-    period, num_held_out, num_tokens, waiting = max(2, round(1 / held_out_share)), 0, 0, []
-    for number, batch in enumerate(
-        tqdm(_batches(texts, batch_size), desc="Fitting", unit="batch", disable=not progress)
-    ):
-        tokens = _read_both(model, processor, batch, sharer_index, max_length)
-        count = len(tokens[0][0])
+    sums = _LayerSums(fuser)
+    period, num_held_out, num_tokens = max(2, round(1 / held_out_share)), 0, 0
+    chunk: list[AlignedStates] = []
+    batches = tqdm(
+        _batches(texts, batch_size),
+        total=math.ceil(len(texts) / batch_size) if isinstance(texts, Sized) else None,
+        desc="Fitting",
+        unit="batch",
+        disable=not progress,
+    )
+    for number, batch in enumerate(batches):
+        states = aligned_states(model, processor, batch, sharer_index, max_length)
+        count = len(states.sharer[0])
         if number % period == period - 1 and num_held_out < max_held_out:
             num_held_out += count
-            add([tokens], held=True)
+            sums.hold_out(states)
             continue
         num_tokens += count
-        waiting.append(tokens)
-        if sum(len(sharer_tokens[0]) for sharer_tokens, _ in waiting) >= _CHUNK:
-            add(waiting, held=False)
-            waiting = []
-    if waiting:
-        add(waiting, held=False)
+        chunk.append(states)
+        if sum(len(part.sharer[0]) for part in chunk) >= _CHUNK_TOKENS:
+            sums.add(chunk)
+            chunk = []
+    if chunk:
+        sums.add(chunk)
     if num_tokens < 2 or num_held_out < 2:
         raise ValueError(
             f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give "
             "more texts or a smaller `batch_size`."
         )
-    report = solve_maps(fuser, windows, layers, num_tokens, num_held_out, alphas, progress)
+    report = solve_maps(fuser, sums.features, sums.layers, num_tokens, num_held_out, alphas, progress)
     if questions is not None:
-        # The sums are as large as the maps.
-        windows.clear()
-        layers.clear()
-        choose_stretch(model, processor, report, questions, sharer_index, batch_size=batch_size, progress=progress)
+        # As large as the maps.
+        del sums
+        choose_variance_scale(
+            model, processor, report, questions, sharer_index, batch_size=batch_size, progress=progress
+        )
     return report
 
 
-def _halves(entries: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    return entries[: len(entries) // 2], entries[len(entries) // 2 :]
+class _LayerSums:
+    """The sums of all layers of a fuser.
+
+    Attributes:
+        features: Per tuple of sharer layers the sums over the features that they give, for all receiver layers that
+            have the same.
+        layers: Per receiver layer the sums over its states.
+    """
+
+    def __init__(self, fuser: MemoryFuser) -> None:
+        self._fuser, device = fuser, fuser.sharer_scales.device
+        self._first_layers = {tuple(sources): layer_idx for layer_idx, sources in enumerate(fuser.sources)}
+        widths = {
+            sources: sum(fuser.entry_widths[entry] for entry in fuser.entries(layer_idx))
+            for sources, layer_idx in self._first_layers.items()
+        }
+        self.features = {sources: TokenSums.zeros(width, width, device) for sources, width in widths.items()}
+        self.layers = [
+            TokenSums.zeros(widths[tuple(sources)], heads * (key_dim + value_dim), device)
+            for sources, (heads, key_dim, value_dim) in zip(fuser.sources, fuser.receiver_shapes, strict=True)
+        ]
+
+    def add(self, chunk: Sequence[AlignedStates]) -> None:
+        """Add tokens to the sums."""
+        sharer_entries, receiver_entries = (
+            [torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in zip(*chunk, strict=True)
+        )
+        features, layers = self._split(AlignedStates(sharer_entries, receiver_entries))
+        for sources, sums in self.features.items():
+            sums.add(features[sources], features[sources])
+        for sums, states, sources in zip(self.layers, layers, self._fuser.sources, strict=True):
+            sums.add(states, features[tuple(sources)])
+
+    def hold_out(self, states: AlignedStates) -> None:
+        """Keep tokens by which the maps are evaluated."""
+        features, layers = self._split(states)
+        for sources, sums in self.features.items():
+            sums.held_out.append(features[sources])
+        for sums, layer in zip(self.layers, layers, strict=True):
+            sums.held_out.append(layer)
+
+    def _split(self, states: AlignedStates) -> tuple[dict[tuple[int, ...], torch.Tensor], list[torch.Tensor]]:
+        """Return the features by sharer layers, and keys and values of each receiver layer side by side, in float32."""
+        features = {
+            sources: self._fuser.features(states.sharer, layer_idx).float()
+            for sources, layer_idx in self._first_layers.items()
+        }
+        num_layers = len(states.receiver) // 2
+        layers = [
+            torch.cat([states.receiver[layer_idx], states.receiver[num_layers + layer_idx]], dim=-1).float()
+            for layer_idx in range(num_layers)
+        ]
+        return features, layers
 
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Batch the texts that are not blank."""
     iterator = (text for text in texts if text.strip())
     while batch := list(islice(iterator, size)):
         yield batch
 
 
-def _read_both(
-    model: C2CForCausalLM, processor: C2CProcessor, texts: list[str], sharer_index: int, max_length: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return both models' states, free of position, where their tokens end at the same character."""
+def aligned_states(
+    model: C2CForCausalLM, processor: C2CProcessor, texts: Sequence[str], sharer_index: int, max_length: int
+) -> AlignedStates:
+    """Prefill both models with texts and return their states where tokens of both end at the same character."""
     receiver_rotations, *sharer_rotations = model.rotations()
     sharer_tokenizer = processor.sharer_tokenizers[sharer_index]
-    start = [] if sharer_tokenizer.bos_token_id is None else [sharer_tokenizer.bos_token_id]
-    sides = [
-        (model.sharers[sharer_index], start, sharer_rotations[sharer_index]),
-        (model.receiver, processor.sink_ids(), receiver_rotations),
-    ]
-    tokenizers = (sharer_tokenizer, processor.tokenizer)
-    ends = [[_ends(tokenizer, text, max_length) for text in texts] for tokenizer in tokenizers]
-    # Per side the rows and columns of the tokens that both have, behind what each starts with.
-    places: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
-    for row, columns in enumerate(zip(*ends, strict=True)):
-        # A character cut into several tokens counts as its last one.
-        theirs, ours = ({end: column for column, end in enumerate(ends_of)} for _, ends_of in columns)
-        for end in theirs.keys() & ours.keys():
-            for place, column in zip(places, (theirs[end], ours[end]), strict=True):
-                place[0].append(row)
-                place[1].append(column)
-    return tuple(  # type: ignore[return-value]
-        _states(*side, [ids for ids, _ in rows], *place) for side, rows, place in zip(sides, ends, places, strict=True)
+    sharer_start = [] if sharer_tokenizer.bos_token_id is None else [sharer_tokenizer.bos_token_id]
+    receiver_start = processor.sink_ids()
+    sharer_rows = [_tokenize(sharer_tokenizer, text, max_length) for text in texts]
+    receiver_rows = [_tokenize(processor.tokenizer, text, max_length) for text in texts]
+    rows, sharer_columns, receiver_columns = [], [], []
+    for row, tokenized in enumerate(zip(sharer_rows, receiver_rows, strict=True)):
+        # Of the tokens of one character the last one counts.
+        sharer_ends, receiver_ends = ({end: column for column, end in enumerate(ends)} for _, ends in tokenized)
+        for end in sharer_ends.keys() & receiver_ends.keys():
+            rows.append(row)
+            sharer_columns.append(len(sharer_start) + sharer_ends[end])
+            receiver_columns.append(len(receiver_start) + receiver_ends[end])
+    sharer, receiver_ids = model.sharers[sharer_index], [receiver_start + ids for ids, _ in receiver_rows]
+    sharer_ids = [sharer_start + ids for ids, _ in sharer_rows]
+    return AlignedStates(
+        _prefill_tokens(sharer, sharer_ids, sharer_rotations[sharer_index], rows, sharer_columns),
+        _prefill_tokens(model.receiver, receiver_ids, receiver_rotations, rows, receiver_columns),
     )
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> tuple[list[int], list[int]]:
-    """Tokenize a text; return ids, and the character at which each token ends."""
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> tuple[list[int], list[int]]:
+    """Return the ids of a text, and the character at which each token ends."""
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=max_length
     )
     return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
 
 
-def _states(
+def _prefill_tokens(
     model: PreTrainedModel,
-    start: list[int],
+    ids: Sequence[list[int]],
     rotations: Sequence[Rotation],
-    rows: list[list[int]],
-    row_places: list[int],
+    rows: list[int],
     columns: list[int],
-) -> list[torch.Tensor]:
-    """Let one model read and pick its states."""
-    width = max(map(len, rows)) + len(start)
-    # Padded on the right: columns stay what they are.
-    ids = torch.tensor([start + row + [0] * (width - len(start) - len(row)) for row in rows])
-    mask = torch.tensor([[1] * (len(start) + len(row)) + [0] * (width - len(start) - len(row)) for row in rows])
-    state = read_text(model, ids, mask)
-    positions = torch.arange(width).expand(ids.shape)
-    in_rows, in_columns = (torch.tensor(values, dtype=torch.long) for values in (row_places, columns))
-    return position_free_tokens(state, rotations, positions, in_rows, in_columns + len(start))
+) -> Entries:
+    """Prefill a model with `ids` and return the states of the tokens at `rows` and `columns`."""
+    width = max(map(len, ids))
+    # Padded on the right: columns stay the same.
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    cache = prefill_sharer(model, input_ids, attention_mask)
+    position_ids = torch.arange(width).expand(input_ids.shape)
+    in_rows, in_columns = (torch.tensor(values, dtype=torch.long) for values in (rows, columns))
+    return position_free_tokens(cache, rotations, position_ids, in_rows, in_columns)

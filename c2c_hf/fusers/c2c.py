@@ -1,36 +1,36 @@
-"""The trained part: key/value states of receiver and sharer go in, changes of the receiver's states come out.
+"""The projector of Cache-to-Cache (arXiv 2510.03215): key/value states in, changes of the receiver's states out.
 
-A sharer's fuser treats every (layer, keys or values) pair, an *entry*, apart, each with its own weights. Entries of
-equal shape are stacked, so that all of them run as a few batched matrix products.
+A sharer's fuser has one *entry* per receiver layer and kind of state: every layer's keys, then every layer's values,
+each with its own weights. Entries of equal shape form a group and run as a few batched matrix products.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ..configuration_c2c import C2CConfig, SharerConfig, layer_mapping
-from .grouped_linear import FeedForward, StackedLinear
+from .grouped_linear import GroupedFeedForward, GroupedLinear, WeightSelector
 
-#: How many bytes of hidden states a processor works on at once: what it can hold near itself. All entries together
-#: need as much memory as both models, and a tenth more time for 256 tokens (float32, hidden size 1024, two cores).
+#: How many bytes of hidden states the CPU computes at once, so that they stay in its caches. All entries at once take
+#: as much memory as both models, and 10 % more time for 256 tokens (float32, hidden size 1024, two cores).
 PART_BYTES = 8 * 2**20
 #: What [`Gate.sample_noise`] may draw.
 GATE_NOISES = ("gumbel", "logistic", "none")
 
 
 class Projector(nn.Module):
-    """Feature fusion and dynamic weighting of arXiv 2510.03215 for a stack of entries of equal shape.
+    """Feature fusion and dynamic weighting (arXiv 2510.03215, section 3.3) for a group of entries of equal shape.
 
     Args:
-        num_entries: Number of stacked entries.
+        num_entries: Number of entries.
         sharer_width: Heads x head_dim of the sharer's states.
         receiver_width: Heads x head_dim of the receiver's states.
         num_heads: The receiver's key/value heads; each gets its own dynamic weight per token.
-        sizes: Its width, depth and dropout.
+        sizes: Width, depth and dropout.
     """
 
     def __init__(
@@ -38,19 +38,24 @@ class Projector(nn.Module):
     ) -> None:
         super().__init__()
         hidden_size, intermediate_size = sizes.fuser_hidden_size, sizes.fuser_intermediate_size
-        num_layers, dropout = sizes.num_fuser_layers, sizes.fuser_dropout
+        dropout = sizes.fuser_dropout
         self.num_heads = num_heads
-        self.in_proj = StackedLinear(num_entries, sharer_width + receiver_width, hidden_size)
-        self.shared_ffn = FeedForward(num_entries, hidden_size, intermediate_size, dropout)
-        self.weight_ffn = FeedForward(num_entries, hidden_size, hidden_size, dropout)
-        self.weight_proj = StackedLinear(num_entries, hidden_size, num_heads)
-        self.feature_ffns = nn.Sequential(
-            *(FeedForward(num_entries, hidden_size, intermediate_size, dropout) for _ in range(num_layers - 2))
+        self.in_proj = GroupedLinear(num_entries, sharer_width + receiver_width, hidden_size)
+        self.shared_ffn = GroupedFeedForward(num_entries, hidden_size, intermediate_size, dropout)
+        self.weight_ffn = GroupedFeedForward(num_entries, hidden_size, hidden_size, dropout)
+        self.weight_proj = GroupedLinear(num_entries, hidden_size, num_heads)
+        self.feature_ffns = nn.ModuleList(
+            GroupedFeedForward(num_entries, hidden_size, intermediate_size, dropout)
+            for _ in range(sizes.num_fuser_layers - 2)
         )
-        self.out_proj = StackedLinear(num_entries, hidden_size, receiver_width)
+        self.out_proj = GroupedLinear(num_entries, hidden_size, receiver_width)
 
     def forward(
-        self, sharer_states: torch.Tensor, receiver_states: torch.Tensor, gate: torch.Tensor | None
+        self,
+        sharer_states: torch.Tensor,
+        receiver_states: torch.Tensor,
+        gate: torch.Tensor | None,
+        select: WeightSelector,
     ) -> torch.Tensor:
         """Compute `gate * sigmoid(weight) * projection`.
 
@@ -58,35 +63,39 @@ class Projector(nn.Module):
             sharer_states: `(num_entries, num_tokens, sharer_width)`.
             receiver_states: `(num_entries, num_tokens, receiver_width)`.
             gate: `(num_entries, num_tokens, num_heads)`, or `None` where all gates are open.
+            select: Which entries of the weights, in which dtype.
 
         Returns:
             The change of the receiver's states, `(num_entries, num_tokens, receiver_width)`.
         """
-        hidden_states = self.shared_ffn(self.in_proj(torch.cat([sharer_states, receiver_states], dim=-1)))
-        weight = torch.sigmoid(self.weight_proj(self.weight_ffn(hidden_states)))
-        projection = self.out_proj(self.feature_ffns(hidden_states))
+        hidden_states = self.in_proj(torch.cat([sharer_states, receiver_states], dim=-1), select)
+        hidden_states = self.shared_ffn(hidden_states, select)
+        weight = torch.sigmoid(self.weight_proj(self.weight_ffn(hidden_states, select), select))
+        for feature_ffn in self.feature_ffns:
+            hidden_states = feature_ffn(hidden_states, select)
+        projection = self.out_proj(hidden_states, select)
         if gate is not None:
             weight = weight * gate.to(weight.dtype)
         return (projection.unflatten(-1, (self.num_heads, -1)) * weight.unsqueeze(-1)).flatten(-2)
 
 
 class Gate(nn.Module):
-    """One learned gate per entry: soft and noisy in training, a threshold at 0 afterwards."""
+    """One learned gate per entry: soft and noisy in training, a threshold at 0 at inference."""
 
     def __init__(self, num_entries: int) -> None:
         super().__init__()
         #: One of `GATE_NOISES`; the trainer sets it.
         self.gate_noise = "gumbel"
-        # Zero is shut: a new fuser changes nothing.
+        # Zero is closed: a new fuser changes nothing.
         self.gate_logit = nn.Parameter(torch.zeros(num_entries))
         self._open: tuple[object, list[int]] | None = None
 
     def sample_noise(self, shape: Sequence[int]) -> torch.Tensor:
         """Draw the noise of training, one draw per entry, token and head.
 
-        `"gumbel"` is `-log(-log u)`, as in arXiv 2510.03215: with it a gate at logit 0, which is shut afterwards, is
-        open in 63 % of the draws. `"logistic"` is the difference of two such draws, `log u - log(1 - u)`: open in half
-        of them. `"none"` draws nothing.
+        `"gumbel"` is `-log(-log u)`, as in arXiv 2510.03215: with it a gate at logit 0, which is closed at inference,
+        is open in 63 % of the draws. `"logistic"` is the difference of two such draws, `log u - log(1 - u)`: open in
+        half of them. `"none"` is zero.
         """
         if self.gate_noise == "none":
             return torch.zeros(shape, device=self.gate_logit.device)
@@ -106,19 +115,21 @@ class Gate(nn.Module):
     def open_entries(self) -> list[int]:
         """Return the entries whose gate is open at inference.
 
-        Reading the gates waits for their device, so the answer is kept until they change.
+        Copying the gates to the host waits for their device, so the answer is kept until they change.
         """
         version = _version(self.gate_logit)
-        if self._open is None or self._open[0] != version:
-            self._open = (version, torch.nonzero(self.gate_logit > 0).flatten().tolist())
-        return self._open[1]
+        kept = self._open
+        if kept is None or kept[0] != version:
+            kept = (version, torch.nonzero(self.gate_logit > 0).flatten().tolist())
+            self._open = kept
+        return kept[1]
 
 
 class FuserGroup(nn.Module):
-    """The entries of equal shape of one fuser, run as one stack.
+    """The entries of equal shape of one fuser.
 
     Args:
-        entries: Position of each stacked entry in the fuser's list: layers' keys first, then layers' values.
+        entries: Index of each entry of the group in the fuser's list: every layer's keys, then every layer's values.
         sharer_width: Heads x head_dim of the sharer's states.
         receiver_width: Heads x head_dim of the receiver's states.
         num_heads: The receiver's key/value heads.
@@ -132,21 +143,21 @@ class FuserGroup(nn.Module):
         self.entries = list(entries)
         self.projector = Projector(len(self.entries), sharer_width, receiver_width, num_heads, sizes)
         self.gate = Gate(len(self.entries))
-        #: Whether training computes hidden states twice rather than keep them.
+        #: Whether training recomputes hidden states in the backward pass rather than keep them.
         self.gradient_checkpointing = False
-        self._prepared: tuple[tuple, dict[str, torch.Tensor]] | None = None
+        self._cast_weights: tuple[tuple[object, ...], dict[int, torch.Tensor]] | None = None
 
     def train(self, mode: bool = True) -> "FuserGroup":
-        """Set the mode, and forget what is kept of the weights: fused optimizers change them without a trace."""
-        self._prepared, self.gate._open = None, None
+        """Set the mode, and drop cached copies of the weights: fused optimizers change weights without a trace."""
+        self._cast_weights, self.gate._open = None, None
         return super().train(mode)
 
     def active_entries(self) -> list[int]:
-        """Return the stacked entries that have an effect now: all of them in training, else those with open gates."""
+        """Return the entries of the group that have an effect: all of them in training, else those with open gates."""
         return list(range(len(self.entries))) if self.training else self.gate.open_entries()
 
     def parts(self, num_tokens: int, dtype: torch.dtype) -> list[slice]:
-        """Split the active entries into those that run at once: all, but on a processor at inference a few."""
+        """Split the active entries into those that run at once: all, but at inference on the CPU `PART_BYTES` each."""
         count, weight = len(self.active_entries()), self.projector.in_proj.weight
         if self.training or weight.device.type != "cpu":
             return [slice(0, count)] if count else []
@@ -154,51 +165,66 @@ class FuserGroup(nn.Module):
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def forward(
-        self,
-        sharer_states: torch.Tensor,
-        receiver_states: torch.Tensor,
-        temperature: torch.Tensor,
-        part: slice = slice(None),
+        self, sharer_states: torch.Tensor, receiver_states: torch.Tensor, temperature: torch.Tensor, part: slice
     ) -> torch.Tensor:
-        """Compute the change of the receiver's states for the active entries, or for a part of them.
+        """Compute the change of the receiver's states for a part of the active entries.
 
         Args:
             sharer_states: `(num_entries, num_tokens, sharer_width)`, in the receiver's dtype.
             receiver_states: `(num_entries, num_tokens, receiver_width)`.
             temperature: Scalar, used in training only.
-            part: Which of the active entries these are.
-        """
-        gate = None
-        if self.training:
-            gate = self.gate.soft(receiver_states.shape[1], self.projector.num_heads, temperature)
-        call = (self.projector, self._weights(receiver_states.dtype, part), (sharer_states, receiver_states, gate))
-        if self.training and self.gradient_checkpointing:
-            return checkpoint(functional_call, *call, use_reentrant=False)
-        return functional_call(*call)
+            part: Which of the active entries.
 
-    def _weights(self, dtype: torch.dtype, part: slice) -> dict[str, torch.Tensor]:
-        """Return a part of the active entries' weights in the dtype that the states have."""
-        parameters: dict[str, torch.Tensor] = dict(self.projector.named_parameters())
-        if self.training or torch.is_grad_enabled():
-            # Autocast, where it is on, casts by itself and keeps its copies.
-            device_type = self.gate.gate_logit.device.type
-            casts = torch.is_autocast_enabled(device_type)
-            active = None if self.training else self.active_entries()[part]
-            return {
-                name: (value if active is None else value[active]).to(value.dtype if casts else dtype)
-                for name, value in parameters.items()
-            }
+        Returns:
+            `(num_entries, num_tokens, receiver_width)`.
+        """
+        select = self._weight_selector(receiver_states.dtype, part)
+        if not self.training:
+            return self.projector(sharer_states, receiver_states, None, select)
+        gate = self.gate.soft(receiver_states.shape[1], self.projector.num_heads, temperature)
+        if self.gradient_checkpointing:
+            return checkpoint(self.projector, sharer_states, receiver_states, gate, select, use_reentrant=False)
+        return self.projector(sharer_states, receiver_states, gate, select)
+
+    def _weight_selector(self, dtype: torch.dtype, part: slice) -> WeightSelector:
+        """Return a function that takes a part of the active entries out of a weight, in the dtype of the states."""
         active = self.active_entries()
-        if len(active) == len(self.entries) and all(value.dtype == dtype for value in parameters.values()):
-            return {name: value[part] for name, value in parameters.items()}
-        key = (dtype, tuple(active), *map(_version, parameters.values()))
-        if self._prepared is None or self._prepared[0] != key:
-            self._prepared = (key, {name: value[active].to(dtype) for name, value in parameters.items()})
-        return {name: value[part] for name, value in self._prepared[1].items()}
+        if self.training or torch.is_grad_enabled():
+            chosen = None if self.training else active[part]
+            # Autocast casts by itself and keeps its copies.
+            if torch.is_autocast_enabled(self.gate.gate_logit.device.type):
+                return partial(_take_entries, entries=chosen, dtype=None)
+            return partial(_take_entries, entries=chosen, dtype=dtype)
+        parameters = list(self.projector.parameters())
+        if len(active) == len(self.entries) and all(value.dtype == dtype for value in parameters):
+            return lambda parameter: parameter[part]
+        key = (dtype, tuple(active), *map(_version, parameters))
+        kept = self._cast_weights
+        if kept is None or kept[0] != key:
+            kept = (key, {id(value): value[active].to(dtype) for value in parameters})
+            self._cast_weights = kept
+        copies = kept[1]
+        return lambda parameter: copies[id(parameter)][part]
+
+
+class FuserPart(NamedTuple):
+    """Entries that run at once.
+
+    Attributes:
+        group: Their group.
+        selected: Which of the group's active entries they are.
+        entries: The receiver's entry of each: layer index, for values behind all layers' keys.
+        sources: The sharer's entry of each, likewise.
+    """
+
+    group: FuserGroup
+    selected: slice
+    entries: list[int]
+    sources: list[int]
 
 
 class C2CFuser(nn.Module):
-    """Projects one sharer's key/value states into the receiver's, for all layers at once.
+    """Projects one sharer's key/value states into the receiver's, for all layers.
 
     Args:
         config: Receiver layer shapes, layer alignment, initialization and gate temperature.
@@ -207,82 +233,79 @@ class C2CFuser(nn.Module):
 
     gate_temperature: torch.Tensor
 
-    def __init__(
-        self,
-        config: C2CConfig,
-        sharer: SharerConfig,
-    ) -> None:
+    def __init__(self, config: C2CConfig, sharer: SharerConfig) -> None:
         super().__init__()
-        receiver_shapes, sharer_shapes = config.receiver_layer_shapes, sharer.layer_shapes
+        receiver_shapes, sharer_shapes = config.receiver_layer_shapes or [], sharer.layer_shapes or []
         mapping = layer_mapping(len(receiver_shapes), len(sharer_shapes), config.layer_alignment)
         self.num_layers = len(receiver_shapes)
-        #: Which of the sharer's entries each entry reads: layers' keys first, then layers' values.
+        #: The sharer's entry that each receiver entry is fused with.
         self.sources = [*mapping, *(len(sharer_shapes) + layer_idx for layer_idx in mapping)]
         receiver_widths, sharer_widths = _widths(receiver_shapes), _widths(sharer_shapes)
-        groups: dict[tuple[int, int, int], list[int]] = {}
+        members: dict[tuple[int, int, int], list[int]] = {}
         for entry, source in enumerate(self.sources):
             num_heads = receiver_shapes[entry % self.num_layers][0]
-            groups.setdefault((sharer_widths[source], receiver_widths[entry], num_heads), []).append(entry)
-        self.groups: Any = nn.ModuleList(FuserGroup(entries, *shape, sharer) for shape, entries in groups.items())
+            members.setdefault((sharer_widths[source], receiver_widths[entry], num_heads), []).append(entry)
+        groups = [FuserGroup(entries, *shape, sharer) for shape, entries in members.items()]
         if config.fuser_initialization == "zero_output":
-            self._start_open()
+            for group in groups:
+                nn.init.ones_(group.gate.gate_logit)
+                for parameter in group.projector.out_proj.parameters():
+                    nn.init.zeros_(parameter)
+        self.groups: Sequence[FuserGroup] = nn.ModuleList(groups)  # type: ignore[assignment]
         self.register_buffer("gate_temperature", torch.tensor(float(config.initial_gate_temperature)))
 
-    def forward(
-        self,
-        sharer_states: Sequence[torch.Tensor],
-        receiver_states: Sequence[torch.Tensor],
-        take: Callable[[int, torch.Tensor], None] | None = None,
-    ) -> list[torch.Tensor | None]:
-        """Compute how the receiver's states change.
+    def parts(self, num_tokens: int, dtype: torch.dtype) -> list[FuserPart]:
+        """Split the entries that have an effect into parts that run at once.
 
-        Entries are read when they are worked on, and given to `take` before others are, so that states need to be
-        there for a few entries at a time only.
+        States need to be gathered for one part at a time only.
 
         Args:
-            sharer_states: The sharer's states at the aligned positions, one tensor `(num_tokens, heads * head_dim)`
-                per entry: every layer's keys, then every layer's values.
-            receiver_states: The receiver's states at the same tokens, likewise.
-            take: Called with the index of each receiver entry that changes and the change. `None`: they are returned.
-
-        Returns:
-            One change per receiver entry, of its shape and dtype; `None` where the gate is shut, or `take` has it.
+            num_tokens: Number of fused tokens.
+            dtype: Of the receiver's states.
         """
-        changes: list[torch.Tensor | None] = [None] * len(receiver_states)
-        take = changes.__setitem__ if take is None else take
-        first = receiver_states[0]
+        parts = []
         for group in self.groups:
             active = [group.entries[i] for i in group.active_entries()]
-            for part in group.parts(len(first), first.dtype):
-                entries = active[part]
-                receiver = torch.stack([receiver_states[entry] for entry in entries])
-                sharer = torch.stack([sharer_states[self.sources[entry]] for entry in entries]).to(receiver)
-                change = group(sharer, receiver, self.gate_temperature, part).to(receiver.dtype)
-                for entry, entry_change in zip(entries, change.unbind(0), strict=True):
-                    take(entry, entry_change)
-        return changes
+            for selected in group.parts(num_tokens, dtype):
+                entries = active[selected]
+                parts.append(FuserPart(group, selected, entries, [self.sources[entry] for entry in entries]))
+        return parts
 
-    def _start_open(self) -> None:
-        """Open all gates in front of output layers that are zero: a new fuser changes nothing all the same."""
-        for group in self.groups:
-            nn.init.ones_(group.gate.gate_logit)
-            for parameter in group.projector.out_proj.parameters():
-                nn.init.zeros_(parameter)
+    def forward(self, part: FuserPart, sharer_states: torch.Tensor, receiver_states: torch.Tensor) -> torch.Tensor:
+        """Compute how the receiver's states change.
+
+        Args:
+            part: One of [`C2CFuser.parts`].
+            sharer_states: `(num_entries, num_tokens, sharer_width)`, the entries `part.sources` at the aligned
+                positions.
+            receiver_states: `(num_entries, num_tokens, receiver_width)`, the entries `part.entries` there.
+
+        Returns:
+            The changes, in shape and dtype of `receiver_states`.
+        """
+        sharer_states = sharer_states.to(receiver_states)
+        change = part.group(sharer_states, receiver_states, self.gate_temperature, part.selected)
+        return change.to(receiver_states.dtype)
 
     def is_open(self) -> bool:
-        """Say whether the fuser can change anything now."""
+        """Return whether the fuser can change anything now."""
         return any(group.active_entries() for group in self.groups)
 
     def locate(self, entry: int) -> tuple[FuserGroup, int]:
-        """Return the group and the index in its stack that hold an entry."""
+        """Return the group of an entry, and its index there."""
         for group in self.groups:
             if entry in group.entries:
                 return group, group.entries.index(entry)
         raise IndexError(f"`entry` must be below {2 * self.num_layers}, but got {entry}.")
 
 
+def _take_entries(parameter: torch.Tensor, entries: list[int] | None, dtype: torch.dtype | None) -> torch.Tensor:
+    taken = parameter if entries is None else parameter[entries]
+    return taken if dtype is None else taken.to(dtype)
+
+
 def _version(parameter: torch.Tensor) -> object:
-    """Return what changes when a parameter is moved or written to; of inference tensors nothing tells."""
+    """Return what changes when a parameter is moved or written to; inference tensors count no writes."""
     return object() if parameter.is_inference() else (parameter.data_ptr(), parameter._version)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..configuration_c2c import C2CConfig, SharerConfig, layer_mapping
-from .grouped_linear import StackedLinear, StackedRMSNorm
+from .grouped_linear import GroupedLinear, GroupedRMSNorm
 
 
 def source_layers(num_receiver_layers: int, num_sharer_layers: int, count: int) -> list[list[int]]:
@@ -38,14 +38,14 @@ class MemoryGroup(nn.Module):
         super().__init__()
         self.layers = list(layers)
         count, width = len(self.layers), in_features if rank is None else rank
-        self.down_proj = None if rank is None else StackedLinear(count, in_features, rank, bias=False)
-        self.out_proj = StackedLinear(count, width, out_features)
+        self.down_proj = None if rank is None else GroupedLinear(count, in_features, rank, bias=False)
+        self.out_proj = GroupedLinear(count, width, out_features)
         self.residual = None
         if hidden_size:
-            first, last = StackedLinear(count, width, hidden_size), StackedLinear(count, hidden_size, out_features)
+            first, last = GroupedLinear(count, width, hidden_size), GroupedLinear(count, hidden_size, out_features)
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
-            self.residual = nn.Sequential(StackedRMSNorm(count, width), first, nn.GELU(), last)
+            self.residual = nn.Sequential(GroupedRMSNorm(count, width), first, nn.GELU(), last)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map `(num_layers, num_tokens, in_features)` to `(num_layers, num_tokens, out_features)`."""

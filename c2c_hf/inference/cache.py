@@ -1,4 +1,4 @@
-"""The receiver's cache, whose layers hold fused key/value states."""
+"""Caches of the receiver: [`C2CCache`], and a copy that records new states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from .prefill import LayerStates, SharerCache, full_length_cache
+from .._compat import copy_cache
+from .prefill import LayerStates, full_length_cache
+from .sharer_cache import SharerCache
 
 
 class C2CCache(Cache):
-    """A receiver's cache that fuses, around any cache of transformers.
+    """A receiver's cache with fused states, around any cache of transformers.
 
-    The layers are those of the wrapped cache, so its length, mask, reorder and crop methods act on them as ever, and
-    every state enters through the wrapped cache's own `update`. In addition it keeps what a plain cache cannot hold:
-    what the sharers have read, so that a later turn reads on from there, and, with `fuse_response`, the receiver's own
-    unfused states.
+    The layers are those of the wrapped cache, so its length, mask, reorder and crop methods act on them, and every
+    state enters through the wrapped cache's own `update`. In addition it keeps the sharers' caches, which a later turn
+    continues, and with `fuse_response` the receiver's own unfused states.
 
     Args:
         cache: The cache to wrap: dynamic, static, quantized or offloaded. `None`: a new dynamic one.
@@ -25,7 +26,7 @@ class C2CCache(Cache):
         ```python
         cache = C2CCache()
         out = model.generate(**first_turn, cache=cache)
-        out = model.generate(**both_turns, cache=cache)  # reads and fuses the new turn only
+        out = model.generate(**both_turns, cache=cache)  # prefills and fuses the new turn only
         ```
     """
 
@@ -34,7 +35,7 @@ class C2CCache(Cache):
         super().__init__(layers=self.receiver_cache.layers)
         self.sharer_caches: list[SharerCache | None] = []
         self.clean_cache: Cache | None = None
-        self._substitute: tuple[LayerStates, torch.Tensor] | None = None
+        self._fused: tuple[LayerStates, torch.Tensor] | None = None
 
     def update(
         self,
@@ -44,7 +45,7 @@ class C2CCache(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cache new states, fused ones in place of the receiver's own where [`C2CCache.substituting`] says so.
+        """Cache new states, fused ones in place of the receiver's own within [`C2CCache.replacing_states`].
 
         Args:
             key_states: `(batch_size, num_key_value_heads, seq_len, head_dim)`.
@@ -56,26 +57,26 @@ class C2CCache(Cache):
         Returns:
             All key and value states of the layer.
         """
-        if self._substitute is not None:
-            fused, positions = self._substitute
-            mask = positions.to(key_states.device)[:, None, :, None]
+        if self._fused is not None:
+            fused, fused_mask = self._fused
+            mask = fused_mask.to(key_states.device)[:, None, :, None]
             key_states = torch.where(mask, fused[layer_idx][0], key_states)
             value_states = torch.where(mask, fused[layer_idx][1], value_states)
         return self.receiver_cache.update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @contextmanager
-    def substituting(self, fused: LayerStates, positions: torch.Tensor) -> Iterator[None]:
+    def replacing_states(self, fused: LayerStates, fused_mask: torch.Tensor) -> Iterator[None]:
         """Put fused states in place of those that the receiver computes, inside `update`.
 
         Args:
-            fused: States of the tokens that the receiver is about to read.
-            positions: `(batch_size, seq_len)`, bool: where they replace the receiver's own.
+            fused: States of the tokens of the receiver's next forward pass.
+            fused_mask: `(batch_size, seq_len)`, bool: where they replace the receiver's own.
         """
-        self._substitute = (fused, positions)
+        self._fused = (fused, fused_mask)
         try:
             yield
         finally:
-            self._substitute = None
+            self._fused = None
 
     def keep_clean(self) -> Cache:
         """Return the cache of the receiver's own, unfused states, which is kept beside the fused one from now on."""
@@ -84,7 +85,7 @@ class C2CCache(Cache):
         return self.clean_cache
 
     def reset(self) -> None:
-        """Empty the cache and forget what was read."""
+        """Empty the cache and drop the sharers' caches."""
         super().reset()
         self.sharer_caches, self.clean_cache = [], None
 
@@ -98,9 +99,9 @@ class C2CCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self.clean_cache is not None:
             self.clean_cache.batch_repeat_interleave(repeats)
-        for state in self.sharer_caches:
-            if state is not None:
-                state.select_rows(torch.arange(len(state.input_ids)).repeat_interleave(repeats))
+        for sharer_cache in self.sharer_caches:
+            if sharer_cache is not None:
+                sharer_cache.select_rows(torch.arange(len(sharer_cache.input_ids)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
@@ -112,18 +113,41 @@ class C2CCache(Cache):
         length = self.get_seq_length()
         super().crop(tokens_to_remove)
         if self.clean_cache is None:
-            # Without response fusion sharers read texts, not the receiver's tokens: a later turn compares what they
-            # read.
+            # Without response fusion a sharer's cache holds its own tokens; the next turn crops it to the common
+            # prefix.
             return
         removed = length - self.get_seq_length()
         self.clean_cache.crop(-removed)
-        for state in self.sharer_caches:
-            if state is not None:
-                state.crop(state.input_ids.shape[1] - removed)
+        for sharer_cache in self.sharer_caches:
+            if sharer_cache is not None:
+                sharer_cache.crop(sharer_cache.input_ids.shape[1] - removed)
 
     def _select_rows(self, rows: torch.Tensor) -> None:
         if self.clean_cache is not None:
             self.clean_cache.batch_select_indices(rows)
-        for state in self.sharer_caches:
-            if state is not None:
-                state.select_rows(rows)
+        for sharer_cache in self.sharer_caches:
+            if sharer_cache is not None:
+                sharer_cache.select_rows(rows)
+
+
+class RecordingCache(Cache):
+    """A copy of a cache that records the new states; the original stays as it is."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._copied = copy_cache(cache)
+        super().__init__(layers=self._copied.layers)
+        #: Key and value states of every cached layer.
+        self.recorded: LayerStates = []
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Record the states of this call and return all states of the layer."""
+        # Fusion changes them in place, and values may be views that autograd would not let it change.
+        self.recorded.append((key_states.clone(), value_states.clone()))
+        return self._copied.update(key_states, value_states, layer_idx, *args, **kwargs)

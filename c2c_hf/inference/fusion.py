@@ -1,4 +1,4 @@
-"""Which positions of a forward pass fuse, what is computed before and after, and the fusing itself."""
+"""Fusion mode: which positions are fused, and the fusing itself (arXiv 2510.03215)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,43 +6,69 @@ from dataclasses import dataclass
 import torch
 
 from ..fusers.c2c import C2CFuser
-from .prefill import LayerStates, SharerCache
-from .token_states import TokenStates
+from .prefill import LayerStates
+from .sharer_cache import SharerCache
+
+#: Per token its batch row, its position in the receiver's text and its position in the sharer's, `(num_tokens,)` each.
+AlignedTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass
 class FusionPlan:
-    """What a forward pass over `seq_len` new tokens has to do.
+    """Which of the new tokens are fused, and from where on the receiver runs over its fused cache.
 
     Attributes:
+        seq_len: Number of new tokens.
         row_starts: `(batch_size,)`, int64 on the CPU: from this position on a row is computed over its fused cache;
-            the positions before it are computed by the receiver as if it were alone.
+            the positions before it are computed by the receiver without fusion.
         tail_start: The smallest of them. Positions before it enter the cache as one block.
-        end: One more than the last position that some row fuses.
-        tokens: Per sharer three CPU tensors `(num_tokens,)`: batch row, receiver position, sharer position.
-        sharer_lengths: How far each sharer has to read.
+        end: One more than the last position that is fused in any row.
+        tokens: Per sharer the fused tokens, on the CPU.
+        sharer_lengths: Per sharer how many of its tokens are prefilled.
     """
 
+    seq_len: int
     row_starts: torch.Tensor
     tail_start: int
     end: int
-    tokens: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    tokens: list[AlignedTokens]
     sharer_lengths: list[int]
 
-    def substituted(self, seq_len: int) -> torch.Tensor | None:
-        """Return where the tail takes given states in place of its own, `(batch_size, tail length)`, or `None`.
+    def tail_mask(self) -> torch.Tensor | None:
+        """Return where given states replace the tail's own, `(batch_size, tail length)`, or `None` where nowhere.
 
-        Rows of a batch may end their fused region at different positions. The tail starts at the earliest; rows that
-        fuse beyond it get those states put in place inside the cache.
+        Rows of a batch may end their fused region at different positions. The tail starts at the earliest; the fused
+        states of rows that go on beyond it are put in place inside the cache.
         """
         if self.end <= self.tail_start:
             return None
-        mask = torch.zeros((len(self.row_starts), seq_len), dtype=torch.bool)
+        mask = torch.zeros((len(self.row_starts), self.seq_len), dtype=torch.bool)
         for rows, positions, _ in self.tokens:
             mask[rows, positions] = True
-        # Unaligned positions before a row's own start are the receiver's alone, too.
-        mask |= torch.arange(seq_len) < self.row_starts.unsqueeze(1)
+        # Unaligned positions before a row's own start are the receiver's without fusion, too.
+        mask |= torch.arange(self.seq_len) < self.row_starts.unsqueeze(1)
         return mask[:, self.tail_start :]
+
+    def join_logits(self, clean: torch.Tensor | None, tail: torch.Tensor | None, first_kept: int) -> torch.Tensor:
+        """Take each row's logits from the unfused pass up to its own start and from the tail behind it.
+
+        Args:
+            clean: `(batch_size, end - first_kept, vocab_size)` of the unfused pass, or `None`.
+            tail: `(batch_size, num_tail_logits, vocab_size)`, the last positions; `None` where the tail is empty.
+            first_kept: First position whose logits are wanted.
+
+        Returns:
+            `(batch_size, seq_len - first_kept, vocab_size)`.
+        """
+        if clean is None or tail is None:
+            (only,) = (logits for logits in (clean, tail) if logits is not None)
+            return only
+        tail_first = self.seq_len - tail.shape[1]
+        head, overlap = clean[:, : tail_first - first_kept], clean[:, tail_first - first_kept :]
+        columns = torch.arange(tail_first, self.end)
+        from_clean = (columns < self.row_starts.unsqueeze(1)).to(tail.device).unsqueeze(-1)
+        joined = torch.where(from_clean, overlap, tail[:, : self.end - tail_first])
+        return torch.cat([head, joined, tail[:, self.end - tail_first :]], dim=1)
 
 
 def plan_fusion(
@@ -51,14 +77,14 @@ def plan_fusion(
     """Turn alignments into a plan.
 
     Args:
-        alignments: Per sharer `(batch_size, seq_len)`: the sharer position that each new receiver position reads, or
+        alignments: Per sharer `(batch_size, seq_len)`: the sharer position aligned with each new receiver position, or
             -1.
         sharer_lengths: Number of tokens of each sharer.
         row_starts: `(batch_size,)`: where each row's tail starts, for response fusion. `None`: behind the row's last
             fused position.
 
     Returns:
-        The plan, or `None` where nothing fuses.
+        The plan, or `None` where nothing is fused.
 
     Raises:
         ValueError: A sharer position is out of range.
@@ -79,6 +105,7 @@ def plan_fusion(
     ends = torch.where(fused, positions + 1, 0).amax(1)
     starts = ends if row_starts is None else row_starts.cpu()
     return FusionPlan(
+        seq_len=fused.shape[1],
         row_starts=starts,
         tail_start=int(starts.min()),
         end=int(ends.max()),
@@ -87,8 +114,8 @@ def plan_fusion(
     )
 
 
-def aligned_tokens(alignment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """List what an alignment `(batch_size, seq_len)` says: batch row, receiver position and sharer position."""
+def aligned_tokens(alignment: torch.Tensor) -> AlignedTokens:
+    """List the aligned tokens of an alignment `(batch_size, seq_len)`."""
     rows, columns = (alignment >= 0).nonzero(as_tuple=True)
     return rows, columns, alignment[rows, columns]
 
@@ -97,35 +124,121 @@ def fuse_states(
     fusers: Sequence[C2CFuser],
     sharer_caches: Sequence[SharerCache | None],
     receiver_states: LayerStates,
-    tokens: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    tokens: Sequence[AlignedTokens],
     fusion_mode: str,
 ) -> None:
-    """Fuse the receiver's states in place (arXiv 2510.03215).
+    """Fuse the receiver's states in place.
 
     Args:
         fusers: One per sharer.
-        sharer_caches: What each sharer has read; `None` for one whose tokens are not read.
-        receiver_states: The receiver's own states; fused ones stand there afterwards.
-        tokens: Per sharer the batch rows, receiver positions and sharer positions that fuse.
-        fusion_mode: `"parallel"`: all fusers see the receiver's own states and their changes are summed;
-            `"sequential"`: each sees what the one before it made.
+        sharer_caches: The cache of each sharer; `None` for one without aligned tokens.
+        receiver_states: The receiver's own states; fused ones afterwards.
+        tokens: Per sharer the fused tokens.
+        fusion_mode: `"parallel"`: all fusers take the receiver's own states and their changes are summed;
+            `"sequential"`: each takes the states as the fuser before it left them.
     """
-    entries = [keys for keys, _ in receiver_states] + [values for _, values in receiver_states]
-    reading = [
+    receiver_entries = [keys for keys, _ in receiver_states] + [values for _, values in receiver_states]
+    pairs = [
         (
             fuser,
-            TokenStates(state.entries(), rows, sharer_positions, fuser.gate_temperature.device),
-            TokenStates(entries, rows, positions, fuser.gate_temperature.device),
+            TokenStates(sharer_cache.entries(), rows, sharer_positions, fuser.gate_temperature.device),
+            TokenStates(receiver_entries, rows, positions, fuser.gate_temperature.device),
         )
-        for fuser, state, (rows, positions, sharer_positions) in zip(fusers, sharer_caches, tokens, strict=True)
-        if state is not None and len(rows) > 0
+        for fuser, sharer_cache, (rows, positions, sharer_positions) in zip(fusers, sharer_caches, tokens, strict=True)
+        if sharer_cache is not None and len(rows) > 0
     ]
-    if fusion_mode == "sequential" or len(reading) == 1:
-        for fuser, sharer_tokens, receiver_tokens in reading:
-            fuser(sharer_tokens, receiver_tokens, receiver_tokens.add)
-        return
-    changes = [fuser(sharer_tokens, receiver_tokens) for fuser, sharer_tokens, receiver_tokens in reading]
-    for (_, _, receiver_tokens), changed in zip(reading, changes, strict=True):
-        for entry, change in enumerate(changed):
-            if change is not None:
-                receiver_tokens.add(entry, change)
+    # With a single fuser every part is added before the next one is gathered: less memory.
+    at_once = fusion_mode == "parallel" and len(pairs) > 1
+    pending: list[tuple[TokenStates, list[int], torch.Tensor]] = []
+    for fuser, sharer_tokens, receiver_tokens in pairs:
+        for part in fuser.parts(len(receiver_tokens), receiver_entries[0].dtype):
+            change = fuser(part, sharer_tokens.gather(part.sources), receiver_tokens.gather(part.entries))
+            if at_once:
+                pending.append((receiver_tokens, part.entries, change))
+            else:
+                receiver_tokens.add(part.entries, change)
+    for receiver_tokens, entries, change in pending:
+        receiver_tokens.add(entries, change)
+
+
+class TokenStates:
+    """Chosen tokens of cached key/value states; nothing is gathered before it is asked for.
+
+    Args:
+        entries: Tensors `(batch_size, num_heads, seq_len, head_dim)`, every layer's keys, then every layer's values;
+            possibly on several devices.
+        rows: `(num_tokens,)` on the CPU, the tokens' batch rows.
+        positions: `(num_tokens,)` on the CPU, their positions in the sequence.
+        device: Where gathered states are wanted. `None`: where their entries are.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[torch.Tensor],
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        device: torch.device | None = None,
+    ) -> None:
+        self._entries, self._device = entries, device
+        self._index = (rows, positions)
+        self._columns = _common_columns(rows, positions, entries[0].shape[0])
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self._index[0])
+
+    def entry(self, index: int) -> torch.Tensor:
+        """Return one entry's tokens, heads side by side: `(num_tokens, num_heads * head_dim)`.
+
+        It may share memory with the cached states.
+        """
+        states = self._entries[index].transpose(1, 2)
+        if self._columns is None:
+            tokens = states[self._index_on(states.device)].flatten(1)
+        else:
+            tokens = states[:, self._columns].flatten(2).flatten(0, 1)
+        return tokens if self._device is None else tokens.to(self._device)
+
+    def gather(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return the tokens of several entries of equal width, `(num_entries, num_tokens, num_heads * head_dim)`."""
+        return torch.stack([self.entry(index) for index in indices])
+
+    def add(self, indices: Sequence[int], change: torch.Tensor) -> None:
+        """Add to the tokens of several entries, in place.
+
+        Args:
+            indices: Of the entries.
+            change: `(num_entries, num_tokens, num_heads * head_dim)`, on any device.
+        """
+        for index, entry_change in zip(indices, change.unbind(0), strict=True):
+            states = self._entries[index].transpose(1, 2)
+            added = entry_change.to(states.device).unflatten(-1, states.shape[2:])
+            where: tuple[torch.Tensor | slice, ...]
+            if self._columns is None:
+                where = self._index_on(states.device)
+            else:
+                where, added = (slice(None), self._columns), added.unflatten(0, (states.shape[0], -1))
+            # Autograd takes an assignment where it would not take a sum in place.
+            states[where] = states[where] + added
+
+    def _index_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, positions = self._index
+        # Moved once, not for every entry.
+        self._index = (rows.to(device), positions.to(device))
+        return self._index
+
+
+def _common_columns(rows: torch.Tensor, positions: torch.Tensor, batch_size: int) -> slice | None:
+    """Return the consecutive positions that are chosen in every row, or `None` where rows differ.
+
+    One slice is much cheaper than an index: nothing moves to a device, and states are gathered in order.
+    """
+    length, rest = divmod(len(rows), batch_size)
+    if rest or not length:
+        return None
+    start = int(positions[0])
+    columns = torch.arange(start, start + length, device=positions.device).repeat(batch_size)
+    whole = torch.equal(positions, columns) and torch.equal(
+        rows, torch.arange(batch_size, device=rows.device).repeat_interleave(length)
+    )
+    return slice(start, start + length) if whole else None

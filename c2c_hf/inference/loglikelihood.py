@@ -1,4 +1,4 @@
-"""Log-likelihood of texts that may follow a prompt: the prompt is read once, its cache serves all of them."""
+"""Log-likelihood of continuations of a prompt: one prefill of the prompt, whose cache serves all of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,15 +7,16 @@ import torch
 from transformers import PreTrainedModel
 
 from .._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
+from ..configuration_c2c import C2CConfig
 from .cache import C2CCache
-from .prefill import position_ids_from_mask
+from .prefill import last_positions, position_ids_from_mask
 
 #: Most logits that are held at once: 1 GiB in float32. A vocabulary of 262,144 words fills it with 1,024 tokens.
 MAX_LOGITS = 2**28
 
 
 class ContinuationScores(NamedTuple):
-    """What a model thinks of continuations, one row per continuation in the order of the prompts.
+    """Log-likelihoods of continuations, one row per continuation in the order of the prompts.
 
     Attributes:
         logprobs: `(num_continuations, max_length)`, float32: of every token given all before it; 0 at padding.
@@ -36,7 +37,7 @@ def continuation_scores(
     Args:
         model: A [`C2CForCausalLM`] or a plain causal language model.
         inputs: The prompts, padded left, as a processor or tokenizer makes them: `input_ids` and `attention_mask`,
-            `(batch_size, prompt_len)`, and for C2C what its sharers read.
+            `(batch_size, prompt_len)`, and for C2C the sharer inputs.
         continuations: Per prompt the token ids of its continuations, each of at least one token.
 
     Raises:
@@ -50,11 +51,11 @@ def continuation_scores(
 def scores_after(
     model: PreTrainedModel, outputs: Any, mask: torch.Tensor, continuations: Sequence[Sequence[Sequence[int]]]
 ) -> ContinuationScores:
-    """Score continuations of prompts that are read, see [`continuation_scores`].
+    """Score continuations of prefilled prompts, see [`continuation_scores`].
 
     Args:
         model: The model.
-        outputs: What it returned: `logits`, of which the last position counts, and its cache, which is used up.
+        outputs: Of the prefill: `logits`, of which the last position is used, and the cache, which is used up.
         mask: `(batch_size, prompt_len)`, the prompts' attention mask.
         continuations: Per prompt the token ids of its continuations.
 
@@ -73,7 +74,7 @@ def scores_after(
     ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
     is_token = torch.arange(ids.shape[1], device=mask.device) < lengths.unsqueeze(1)
 
-    # Gradients would be kept for all parts anyway, and a cache that fuses answers, too, is no mere copy of states.
+    # Gradients would be kept for all parts anyway, and a cache with response fusion cannot be copied as states alone.
     whole = torch.is_grad_enabled() or getattr(outputs.get(CACHE_ARGUMENT), "clean_cache", None) is not None
     size = len(ids) if whole else max(1, MAX_LOGITS // (ids.shape[1] * outputs.logits.shape[-1]))
     parts = []
@@ -101,10 +102,10 @@ def _score_part(
         if keeps_cache:
             cache = copy_cache(cache.receiver_cache if isinstance(cache, C2CCache) else cache)
         cache.batch_select_indices(rows)
-        # The last token predicts nothing that is asked for.
-        going_on = {"input_ids": ids[:, :-1], "use_cache": True, CACHE_ARGUMENT: cache}
+        # The logits of the last token are not needed.
+        continued = {"input_ids": ids[:, :-1], "use_cache": True, CACHE_ARGUMENT: cache}
         whole_mask = torch.cat([mask[rows], is_token[:, :-1].to(mask.dtype)], dim=1)
-        logits = torch.cat([logits, _run(model, going_on, whole_mask).logits], dim=1)
+        logits = torch.cat([logits, _run(model, continued, whole_mask).logits], dim=1)
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).masked_fill(~is_token, 0.0)
     return chosen, ((logprobs.argmax(-1) == ids) | ~is_token).all(1)
@@ -116,4 +117,6 @@ def _run(model: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> 
         inputs["position_ids"] = position_ids_from_mask(mask)[:, -inputs["input_ids"].shape[1] :]
     if not accepts_argument(model, "logits_to_keep"):
         inputs.pop("logits_to_keep", None)
+    elif "logits_to_keep" in inputs and not isinstance(model.config, C2CConfig):
+        inputs["logits_to_keep"] = last_positions(inputs["input_ids"], inputs["logits_to_keep"])
     return model(**inputs)

@@ -1,23 +1,20 @@
-"""Memory mode: what sharers have read takes positions of its own in the receiver's cache.
+"""Memory mode: states of a sharer-only context take positions of their own in the receiver's cache.
 
-The prompt holds a *slot*, a position that the receiver never computes, for every sharer token to be remembered.
+The prompt holds *slots*: positions that the receiver attends to but never computes. The fuser fills them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..fusers.memory import MemoryFuser
-from .fusion import aligned_tokens
-from .prefill import LayerStates, SharerCache, cached_states, full_length_cache, prefill
+from .fusion import AlignedTokens, TokenStates, aligned_tokens
+from .inputs import ReceiverInputs, SharerInputs
+from .prefill import LayerStates, cached_states, full_length_cache, prefill
 from .rotary import Rotation
-from .token_states import TokenStates
-
-#: Per token its batch row, its position in the receiver's text, and its position in the sharer's.
-Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from .sharer_cache import SharerCache
 
 
 @dataclass
@@ -26,12 +23,12 @@ class MemoryPlan:
 
     Attributes:
         slots: `(batch_size, seq_len)`, bool.
-        given: `(batch_size, seq_len)`, bool: slots, and tokens in front of the tail that are computed apart.
+        given: `(batch_size, seq_len)`, bool: slots, and tokens in front of the tail that are prefilled apart.
         heads: `(batch_size, num_head_tokens)`: columns of the latter, a row's first column where it has fewer.
         is_head: `(batch_size, num_head_tokens)`, bool.
-        tail_start: The receiver computes the columns from here on; given states in them are put in their place.
-        tokens: Per sharer what it gives to which slot.
-        sharer_lengths: Per sharer, how much of its text is needed.
+        tail_start: The receiver computes the columns from here on; given states in them replace its own.
+        tokens: Per sharer which of its tokens fills which slot, on the CPU.
+        sharer_lengths: Per sharer how many of its tokens are prefilled.
     """
 
     slots: torch.Tensor
@@ -39,11 +36,16 @@ class MemoryPlan:
     heads: torch.Tensor
     is_head: torch.Tensor
     tail_start: int
-    tokens: list[Tokens]
+    tokens: list[AlignedTokens]
     sharer_lengths: list[int]
 
+    def tail_mask(self) -> torch.Tensor | None:
+        """Return where given states replace the tail's own, `(batch_size, tail length)`, or `None` where nowhere."""
+        given = self.given[:, self.tail_start :]
+        return given if bool(given.any()) else None
 
-def plan_memory(
+
+def plan_memory_slots(
     alignments: Sequence[torch.Tensor], real: torch.Tensor, sharer_lengths: Sequence[int], num_kept: int, past: bool
 ) -> MemoryPlan | None:
     """Plan a prompt with slots; `None` where there are none.
@@ -51,12 +53,12 @@ def plan_memory(
     Args:
         alignments: Per sharer `(batch_size, seq_len)`: the sharer position that fills a slot, -1 elsewhere.
         real: `(batch_size, seq_len)`, bool: no padding.
-        sharer_lengths: Length of every sharer's text.
+        sharer_lengths: Number of tokens of each sharer.
         num_kept: Number of last columns whose logits are wanted.
         past: Whether the cache holds something already.
 
     Raises:
-        ValueError: A slot is out of range, claimed by two sharers, or the last token of a prompt.
+        ValueError: A slot is out of range, filled by two sharers, or the last token of a prompt.
     """
     host = [alignment.cpu() for alignment in alignments]
     real = real.cpu()
@@ -76,7 +78,7 @@ def plan_memory(
     if int(claims.max()) > 1:
         raise ValueError("`sharer_alignment`: two sharers fill the same slot; give each its own.")
     if bool((last_slots == last_tokens).any()):
-        raise ValueError("`sharer_alignment`: the last token of a prompt is a slot, but the receiver must read it.")
+        raise ValueError("`sharer_alignment`: the last token of a prompt is a slot, but the receiver must compute it.")
     # A row without slots is computed from its first token on.
     firsts = torch.where(real, columns, slots.shape[1]).amin(1)
     tail_start = min(int(torch.where(last_slots >= 0, last_slots + 1, firsts).min()), slots.shape[1] - num_kept)
@@ -101,7 +103,7 @@ def plan_memory(
 
 
 def hide_slots(attention_mask: torch.Tensor, alignments: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mask the slots of a prompt, so that it is as if they were not there.
+    """Mask the slots of a prompt, so that the receiver computes what it would without them.
 
     Args:
         attention_mask: `(batch_size, seq_len)`.
@@ -114,99 +116,120 @@ def hide_slots(attention_mask: torch.Tensor, alignments: Sequence[torch.Tensor])
     return hidden
 
 
-def remember(
+def prefill_head_tokens(
+    plan: MemoryPlan, receiver: PreTrainedModel, inputs: ReceiverInputs, with_gradient: bool
+) -> LayerStates:
+    """Prefill the receiver's tokens in front of its slots, apart from everything else.
+
+    Args:
+        plan: Which tokens these are.
+        receiver: The receiver.
+        inputs: Its tokens with position ids.
+        with_gradient: Whether gradients may flow.
+
+    Returns:
+        Per layer keys and values `(batch_size, num_key_value_heads, num_head_tokens, head_dim)`; an empty list where
+        there is no such token.
+    """
+    if plan.heads.shape[1] == 0:
+        return []
+    input_ids, position_ids = inputs.tokens, inputs.position_ids
+    heads, mask = plan.heads.to(input_ids.device), plan.is_head.to(input_ids.device)
+    positions = None if position_ids is None else position_ids.gather(1, heads)
+    cache = full_length_cache()
+    prefill(receiver, cache, input_ids.gather(1, heads), mask.long(), positions, with_gradient=with_gradient)
+    return cached_states(cache)
+
+
+def fill_memory_slots(
     plan: MemoryPlan,
     fusers: Sequence[MemoryFuser],
     sharer_caches: Sequence[SharerCache | None],
-    sharer_positions: Sequence[torch.Tensor],
-    sharer_rotations: Sequence[Sequence[Rotation]],
-    receiver_rotations: Sequence[Rotation],
-    position_ids: torch.Tensor,
+    sharers: Sequence[SharerInputs],
+    rotations: Sequence[Sequence[Rotation]],
+    inputs: ReceiverInputs,
+    head_states: LayerStates,
+    dtype: torch.dtype,
 ) -> LayerStates:
-    """Make the receiver's states at the slots.
+    """Compute the receiver's states at the slots, and put those of the tokens in front of them beside.
 
     Args:
-        plan: Where they are.
+        plan: Where the slots are.
         fusers: One per sharer.
-        sharer_caches: What each sharer has read; `None` for one whose tokens fill no slot.
-        sharer_positions: Per sharer `(batch_size, sharer_len)`: at which positions.
-        sharer_rotations: Per sharer how each of its layers' keys turn.
-        receiver_rotations: How each receiver layer's keys turn.
-        position_ids: `(batch_size, seq_len)`, the receiver's.
+        sharer_caches: The cache of each sharer; `None` for one whose tokens fill no slot.
+        sharers: The sharers' inputs.
+        rotations: The rotary embedding of each receiver layer, then per sharer those of its layers.
+        inputs: The receiver's inputs with position ids.
+        head_states: From [`prefill_head_tokens`].
+        dtype: Of the receiver.
 
     Returns:
-        Per receiver layer keys and values `(batch_size, num_key_value_heads, seq_len, head_dim)`, 0 but at slots.
+        Per receiver layer keys and values `(batch_size, num_key_value_heads, seq_len, head_dim)`, 0 elsewhere.
     """
-    batch_size, seq_len = plan.slots.shape
+    receiver_rotations, *sharer_rotations = rotations
     layers: list[list[torch.Tensor]] = []
-    for index, (fuser, state, (rows, columns, positions)) in enumerate(
+    for index, (fuser, sharer_cache, (rows, columns, positions)) in enumerate(
         zip(fusers, sharer_caches, plan.tokens, strict=True)
     ):
-        if state is None or len(rows) == 0:
+        if sharer_cache is None or len(rows) == 0:
             continue
-        entries = position_free_tokens(state, sharer_rotations[index], sharer_positions[index], rows, positions)
+        tokens = position_free_tokens(
+            sharer_cache, sharer_rotations[index], sharers[index].positions(), rows, positions
+        )
         device = next(fuser.parameters()).device
-        made = fuser([entry.to(device) for entry in entries])
-        slots = position_ids[rows.to(position_ids.device), columns.to(position_ids.device)]
-        for layer_idx, (keys, values) in enumerate(made):
+        slots = _pick(inputs.position_ids, rows, columns)
+        where = (rows.to(device), columns.to(device))
+        for layer_idx, (keys, values) in enumerate(fuser([token_states.to(device) for token_states in tokens])):
             keys = receiver_rotations[layer_idx].apply(keys, slots)
             if len(layers) <= layer_idx:
-                shape = (batch_size, seq_len, keys.shape[1])
+                shape = (*plan.slots.shape, keys.shape[1])
                 layers.append([states.new_zeros(*shape, states.shape[2]) for states in (keys, values)])
-            where = (rows.to(device), columns.to(device))
             for states, new in zip(layers[layer_idx], (keys, values), strict=True):
                 states.index_put_(where, new)
-    return [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in layers]
+    filled = [(keys.transpose(1, 2).to(dtype), values.transpose(1, 2).to(dtype)) for keys, values in layers]
+    if head_states:
+        _place_head_states(plan, filled, head_states)
+    return filled
 
 
 def position_free_tokens(
-    state: SharerCache,
+    sharer_cache: SharerCache,
     rotations: Sequence[Rotation],
     position_ids: torch.Tensor,
     rows: torch.Tensor,
     positions: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Pick tokens out of what a sharer has read, and take the rotary positions out of their keys.
+    """Gather tokens of a sharer's cache, their keys free of rotary position.
 
     Args:
-        state: What it has read.
-        rotations: How each of its layers' keys turn.
-        position_ids: `(batch_size, sharer_len)`, at which positions it has read.
+        sharer_cache: The sharer's cache.
+        rotations: The rotary embedding of each of its layers.
+        position_ids: `(batch_size, sharer_len)`, of the sharer's tokens.
         rows: `(num_tokens,)`, batch rows.
         positions: `(num_tokens,)`, columns of its text.
 
     Returns:
         `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
     """
-    entries = state.entries()
-    tokens = list(TokenStates(entries, rows, positions))
-    places = position_ids[rows.to(position_ids.device), positions.to(position_ids.device)]
+    entries = sharer_cache.entries()
+    states = TokenStates(entries, rows, positions)
+    tokens = [states.entry(index) for index in range(len(entries))]
+    places = _pick(position_ids, rows, positions)
     for layer_idx, rotation in enumerate(rotations):
         keys = tokens[layer_idx].unflatten(-1, (entries[layer_idx].shape[1], -1))
         tokens[layer_idx] = rotation.remove(keys, places).flatten(1)
     return tokens
 
 
-def read_heads(
-    plan: MemoryPlan, receiver: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, learns: bool
-) -> LayerStates:
-    """Let the receiver read the tokens in front of its slots, apart from everything else.
-
-    Returns:
-        Per layer keys and values `(batch_size, num_key_value_heads, num_head_tokens, head_dim)`.
-    """
-    heads, mask = plan.heads.to(input_ids.device), plan.is_head.to(input_ids.device)
-    cache = full_length_cache()
-    inputs: dict[str, Any] = {"position_ids": position_ids.gather(1, heads), "with_gradient": learns}
-    prefill(receiver, cache, input_ids.gather(1, heads), mask.long(), **inputs)
-    return cached_states(cache)
+def _pick(position_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return position_ids[rows.to(position_ids.device), columns.to(position_ids.device)]
 
 
-def place_heads(plan: MemoryPlan, states: LayerStates, heads: LayerStates) -> None:
-    """Put the states of head tokens where they belong, in place."""
+def _place_head_states(plan: MemoryPlan, states: LayerStates, head_states: LayerStates) -> None:
+    """Put the states of head tokens at their columns, in place."""
     rows, index = plan.is_head.nonzero(as_tuple=True)
     columns = plan.heads[rows, index]
-    for pair, own in zip(states, heads, strict=True):
+    for pair, own in zip(states, head_states, strict=True):
         for whole, part in zip(pair, own, strict=True):
             tokens = part.transpose(1, 2)[rows.to(part.device), index.to(part.device)]
             target = (rows.to(whole.device), columns.to(whole.device))
