@@ -187,7 +187,7 @@ class C2CConfig(PreTrainedConfig):
     receiver_layer_shapes: list[list[int]] | None = None
     receiver_fingerprint: str | None = None
     receiver_tokenizer_hash: str | None = None
-    sharers: list[SharerConfig | dict[str, Any]] | None = None
+    sharers: list[SharerConfig] = dataclasses.field(default_factory=list)
     mode: str = "fusion"
     fuser_type: str = "c2c"
     fuser_initialization: str = "closed_gates"
@@ -298,6 +298,13 @@ class C2CConfig(PreTrainedConfig):
     def token_alignments(self) -> list[str]:
         """The token alignment of each sharer."""
         return [sharer.token_alignment for sharer in self.sharers]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Do nothing: this class is installed, so that its code is not copied into saved folders.
+
+        transformers calls this on every class that it loads by `trust_remote_code=True`.
+        """
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the receiver's text configuration, which is what generation and caches need to know."""
