@@ -40,6 +40,7 @@ from .checkpoints.base_models import (
     resolve_revision,
     verify_weights,
 )
+from .checkpoints.download import HUB_KWARGS, check_subfolder
 from .checkpoints.fuser_weights import check_fuser_weights, is_own_weight, load_fuser_weights
 from .checkpoints.receiver_adapter import (
     ADAPTER_FOLDER,
@@ -53,7 +54,6 @@ from .checkpoints.remote_code import write_code
 from .configuration_c2c import C2CConfig, SharerConfig
 from .fusers.c2c import C2CFuser, FuserGroup
 from .fusers.memory import MemoryFuser
-from .hub.download import HUB_KWARGS, check_subfolder
 from .hub.publish import publish_fuser
 from .inference.cache import C2CCache, RecordingCache
 from .inference.fingerprints import fingerprint, tokenizer_hash
@@ -918,15 +918,19 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             except SafetensorError as error:
                 # What safetensors raises where the disk is full.
                 raise OSError(f"The fuser could not be written ({error}); the earlier files are unchanged.") from error
-            # transformers itself writes the code of classes that came with a checkpoint.
-            if type(self)._auto_class is None:
-                classes = {"AutoConfig": type(self.config), "AutoModelForCausalLM": type(self)}
-                write_code(staging, CONFIG_NAME, classes if with_code else None)
+            write_code(staging, CONFIG_NAME, with_code)
             if has_adapter(self.receiver):
                 save_adapter(self.receiver, staging / ADAPTER_FOLDER)
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", target.resolve().name)
             self.push_to_hub(repo_id, with_code=with_code, **push_kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
+        """Do nothing: this class is installed, so that its code is not copied into saved folders.
+
+        transformers calls this on every class that it loads by `trust_remote_code=True`.
+        """
 
     def push_to_hub(
         self,

@@ -1,1 +1,1 @@
-"""Base models, fuser weights, fingerprints and adapters: loading, comparing, saving."""
+"""Saved fusers and their base models: downloading, loading, comparing, describing."""

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 
 from ..configuration_c2c import C2CConfig
 from ..fusers.c2c import C2CFuser
-from ..hub.download import check_subfolder, find_file
 from ..hub.model_card import open_gates, readable_size
 from .base_models import summarize_shapes
+from .download import check_subfolder, find_file
 from .fuser_weights import check_fuser_weights, load_fuser_weights
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..hub.download import check_download, check_subfolder, find_file
+from .download import check_download, check_subfolder, find_file
 
 
 def is_own_weight(name: str) -> bool:

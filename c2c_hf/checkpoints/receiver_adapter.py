@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ..hub.download import find_file
+from .download import find_file
 from .fuser_weights import read_safetensors
 
 #: Where an adapter lies in the folder of a fuser. In the folder itself, the Auto classes would take it for the model.

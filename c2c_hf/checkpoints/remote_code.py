@@ -1,40 +1,59 @@
-"""Lets this package's code travel with what is saved, for `trust_remote_code=True` where it is not installed."""
+"""Short code files beside a saved fuser, by which `trust_remote_code=True` finds the classes of this package."""
 
 import json
-import shutil
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+
+#: Saved configuration -> Auto class -> the code file and its class, as `auto_map` names them.
+AUTO_MAPS = {
+    CONFIG_NAME: {
+        "AutoConfig": "configuration_c2c.C2CConfig",
+        "AutoModelForCausalLM": "modeling_c2c.C2CForCausalLM",
+    },
+    PROCESSOR_NAME: {"AutoProcessor": "processing_c2c.C2CProcessor"},
+}
+#: The names of all code files.
+CODE_FILES = {f"{reference.split('.')[0]}.py" for auto_map in AUTO_MAPS.values() for reference in auto_map.values()}
+
+# transformers refuses code that imports a missing package with a message of its own, unless a `try` surrounds it.
+_TEMPLATE = '''"""`{name}` of the package c2c_hf, for `trust_remote_code=True`."""
+
+try:
+    from c2c_hf import {name}
+except ModuleNotFoundError as error:
+    if error.name != "c2c_hf":
+        raise
+    raise ImportError("This fuser needs the package c2c_hf: install it with `pip install c2c_hf`.") from error
+
+__all__ = ["{name}"]
+'''
 
 
-def write_code(folder: Path, config_name: str, classes: Mapping[str, type] | None) -> None:
-    """Write the code of some classes beside a saved configuration, which then names them; or make it name none.
+def write_code(folder: Path, config_name: str, with_code: bool) -> None:
+    """Write the code files that belong to a saved configuration and name them in it; or make it name none.
 
     Args:
-        folder: Where the configuration stands.
+        folder: Where the configuration is saved.
         config_name: `"config.json"` or `"processor_config.json"`.
-        classes: Name of an Auto class -> ours. `None`: what an earlier save left in the configuration is taken out.
+        with_code: Whether to write them. `False`: what an earlier save left in the configuration is removed.
     """
     path = folder / config_name
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields.pop("auto_map", None)
-    for auto_class, own_class in (classes or {}).items():
-        module = Path(str(sys.modules[own_class.__module__].__file__))
-        for file in (module, *map(Path, get_relative_import_files(module))):
-            shutil.copyfile(file, folder / file.name)
-        fields.setdefault("auto_map", {})[auto_class] = f"{module.stem}.{own_class.__name__}"
+    if with_code:
+        fields["auto_map"] = AUTO_MAPS[config_name]
+        for reference in AUTO_MAPS[config_name].values():
+            module, name = reference.split(".")
+            (folder / f"{module}.py").write_text(_TEMPLATE.format(name=name), encoding="utf-8")
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def code_files(folder: Path) -> set[str]:
-    """Name the code files in a folder that its configurations refer to, and those they import."""
-    names: set[str] = set()
-    for config in ("config.json", "processor_config.json"):
-        if (folder / config).is_file():
-            auto_map = json.loads((folder / config).read_text(encoding="utf-8")).get("auto_map") or {}
-            names |= {f"{reference.split('.')[0]}.py" for reference in auto_map.values() if "--" not in reference}
-    present = [folder / name for name in names if (folder / name).is_file()]
-    imported = {Path(file).name for path in present for file in get_relative_import_files(path)}
-    return {name for name in names | imported if (folder / name).is_file()}
+    """Return the names of the code files in a folder that its configurations refer to."""
+    names = set()
+    for config_name, auto_map in AUTO_MAPS.items():
+        path = folder / config_name
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("auto_map") == auto_map:
+            names |= {f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
+    return {name for name in names if (folder / name).is_file()}

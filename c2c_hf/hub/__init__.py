@@ -1,1 +1,1 @@
-"""Publishing to the Hugging Face Hub and downloading from it."""
+"""Publishing fusers on the Hugging Face Hub."""

@@ -1,87 +1,94 @@
-"""Under which license a fuser may be published, as far as those of its base models decide."""
+"""Under which license a fuser may be published, as far as the licenses of its base models decide."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: What the Gemma Terms of Use ask for beside everything that derives from Gemma.
+from huggingface_hub import model_info
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+from ..configuration_c2c import C2CConfig
+
+#: The sentence that the Gemma Terms of Use require beside everything that derives from Gemma.
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 
 _PERMISSIVE = ("apache-2.0", "mit")
 _GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
-#: Names of base models -> their license, as the Hub calls it. Only what their own cards say; anything else is asked.
-_KNOWN = (
-    (r"(^|/)(code)?gemma-(1\.1-)?[27]b|(^|/)gemma-[23]", "gemma"),
-    (r"^huggingfacetb/smollm[23]?-", "apache-2.0"),
-    (r"^qwen/qwen3-", "apache-2.0"),
-    (r"^qwen/qwen2\.5-(0\.5|1\.5|7|14|32)b", "apache-2.0"),
-    (r"^mistralai/mistral-7b", "apache-2.0"),
-    (r"^allenai/olmo-", "apache-2.0"),
-    (r"^eleutherai/pythia-", "apache-2.0"),
-    (r"^microsoft/phi-[234]", "mit"),
-    (r"^openai-community/gpt2", "mit"),
-    (r"^meta-llama/llama-3\.2-", "llama3.2"),
-    (r"^meta-llama/(meta-)?llama-3\.1-", "llama3.1"),
-    (r"^meta-llama/meta-llama-3-", "llama3"),
-)
 
 
 class BaseLicense(NamedTuple):
-    """A base model and its license; `None` where it is not known here."""
+    """The license of a base model.
+
+    Attributes:
+        name: The model's Hub id.
+        license: As the Hub abbreviates it, such as `"apache-2.0"`; `None` if the model's card names none, or one
+            without an abbreviation.
+    """
 
     name: str
     license: str | None
 
 
-def base_license(name: str, model_type: str | None) -> BaseLicense:
-    """Look up a base model's license.
+def base_licenses(config: C2CConfig, token: str | bool | None = None) -> list[BaseLicense]:
+    """Read the licenses of receiver and sharers from their cards on the Hub.
 
     Args:
-        name: Its Hub id.
-        model_type: Of its configuration: a Gemma is one under any name.
+        config: Names the pair by Hub ids.
+        token: Of the Hub. `None`: the stored one.
     """
-    if model_type in _GEMMA_TYPES:
-        return BaseLicense(name, "gemma")
-    found = next((known for pattern, known in _KNOWN if re.search(pattern, name.lower())), None)
-    return BaseLicense(name, found)
+    bases = [(config.receiver_name_or_path, config.receiver_config)]
+    bases += [(sharer.name_or_path, sharer.config) for sharer in config.sharers]
+    licenses = []
+    for name, base_config in bases:
+        # A copy of a Gemma model under another name comes under its terms, whatever the card of the copy says.
+        is_gemma = getattr(base_config, "model_type", None) in _GEMMA_TYPES
+        licenses.append(BaseLicense(str(name), "gemma" if is_gemma else _card_license(str(name), token)))
+    return licenses
+
+
+def _card_license(name: str, token: str | bool | None) -> str | None:
+    try:
+        card_data = model_info(name, token=token).card_data
+    except (HTTPError, OfflineModeIsEnabled):
+        # No such model, no access to it, or no answer: the user is asked for the license.
+        return None
+    license = None if card_data is None else card_data.license
+    return license if isinstance(license, str) and license not in ("other", "unknown") else None
 
 
 def fuser_license(bases: Sequence[BaseLicense], wished: str | None = None) -> str:
-    """Choose a fuser's license: it was trained on the states of all its base models.
+    """Choose the license of a fuser, which was trained on the states of all its base models.
 
     Args:
         bases: Receiver and sharers.
-        wished: What the user asks for.
+        wished: The license that the user asks for.
 
     Raises:
-        ValueError: A base model's terms forbid what is wished, or nothing is wished and they do not decide.
+        ValueError: A base model's terms forbid the wished license, or none is wished and the base models' licenses
+            are unknown or differ.
     """
-    gemma = next((base.name for base in bases if base.license == "gemma"), None)
-    if gemma is not None and wished not in (None, "gemma"):
-        raise ValueError(
-            f"`license` must be 'gemma', since the Gemma terms reach a fuser trained on the states of {gemma}, but "
-            f"got {wished!r}."
-        )
+    gemma = [base.name for base in bases if base.license == "gemma"]
+    if gemma:
+        if wished not in (None, "gemma"):
+            raise ValueError(
+                "`license` must be 'gemma', since the Gemma terms extend to a fuser trained on the states of "
+                f"{gemma[0]}, but got {wished!r}."
+            )
+        return "gemma"
     if wished is not None:
         return wished
-    unknown = [base.name for base in bases if base.license is None]
-    if unknown and gemma is None:
+    if unknown := [base.name for base in bases if base.license is None]:
         raise ValueError(
-            f"`license` must be given, since that of {', '.join(unknown)} is not known here; read the base models' "
-            "cards and pass the Hub's name of a license, such as 'apache-2.0'."
+            f"`license` must be given, since the card of {', '.join(unknown)} names none or cannot be read; pass the "
+            "Hub's name of a license that the base models' terms allow, such as 'apache-2.0'."
         )
-    binding = {base.license for base in bases if base.license is not None} - {*_PERMISSIVE}
-    if len(binding) > 1 and gemma is None:
-        raise ValueError(
-            f"`license` must be given, since those of the base models differ: {', '.join(sorted(map(str, binding)))}."
-        )
-    if gemma is not None:
-        return "gemma"
-    return str(binding.pop()) if binding else "apache-2.0"
+    binding = sorted({str(base.license) for base in bases} - {*_PERMISSIVE})
+    if len(binding) > 1:
+        raise ValueError(f"`license` must be given, since those of the base models differ: {', '.join(binding)}.")
+    return binding[0] if binding else "apache-2.0"
 
 
 def license_text(license: str, bases: Sequence[BaseLicense]) -> str:
-    """Say in a card which terms hold and why."""
+    """Return the card's section about the license."""
     if license == "gemma":
         gemma = ", ".join(base.name for base in bases if base.license == "gemma")
         reason = (

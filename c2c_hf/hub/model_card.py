@@ -1,4 +1,4 @@
-"""Renders a fuser's model card: what it is, how it was trained, what was measured and what was not."""
+"""The model card of a fuser: what it is, how it was trained, what was measured and what was not."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_c2c import C2CConfig
-from .licenses import BaseLicense, base_license, fuser_license, license_text
+from .licenses import BaseLicense, fuser_license, license_text
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 METRICS_FILE = "metrics.json"
@@ -20,43 +20,40 @@ OWN_METHOD = "c2c"
 def render_model_card(
     config: C2CConfig,
     weights: Mapping[str, torch.Tensor],
+    bases: Sequence[BaseLicense],
     repo_id: str,
     subfolder: str | None = None,
     license: str | None = None,
     evaluation: str | Path | None = None,
-    training: Mapping[str, Any] | None = None,
+    training: Mapping[str, object] | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> ModelCard:
     """Render the card of one fuser.
 
     Args:
-        config: Names the pair by Hub ids.
-        weights: The saved weights, see [`~weights.load_fuser_weights`].
-        repo_id: Where it will be published.
-        subfolder: Where in the repository it will stand.
-        license: The Hub's name of a license. `None`: what the base models' licenses leave.
+        config: Of the fuser.
+        weights: The saved weights, see [`~checkpoints.fuser_weights.load_fuser_weights`].
+        bases: Hub ids and licenses of receiver and sharers, see [`~hub.licenses.base_licenses`].
+        repo_id: The repository where the fuser is published.
+        subfolder: Its folder there.
+        license: The Hub's name of a license. `None`: the one that follows from the base models' licenses.
         evaluation: A folder of `c2c evaluate`, whose `metrics.json` is read. `None`: the card says that nothing was
-            measured.
+            evaluated.
         training: How the fuser was trained, field by field. `None`: the card says that this is not recorded.
-        datasets: Hub ids of the data it was trained on.
+        datasets: Hub ids of the training data.
         tags: Further tags.
 
     Raises:
-        ValueError: The license cannot be found out, or `metrics.json` is not of the shape that is expected.
+        ValueError: The license cannot be determined, or `metrics.json` has an unknown structure.
         OSError: A file is missing.
     """
-    if not TEMPLATE.is_file():
-        raise OSError(f"{TEMPLATE.name} is missing; install c2c_hf to publish fusers.")
-    names = [str(config.receiver_name_or_path), *(str(sharer.name_or_path) for sharer in config.sharers)]
-    configs: list[Any] = [config.receiver_config, *(sharer.config for sharer in config.sharers)]
-    bases = [base_license(name, base.model_type) for name, base in zip(names, configs, strict=True)]
     metrics = read_metrics(evaluation) if evaluation is not None else {}
     results = metrics.get("results", [])
     resolved = fuser_license(bases, license)
     repo_name = repo_id.split("/")[-1]
     card_data = ModelCardData(
-        base_model=list(dict.fromkeys(names)),
+        base_model=list(dict.fromkeys(base.name for base in bases)),
         base_model_relation="adapter",
         library_name="c2c_hf",
         pipeline_tag="text-generation",
@@ -85,46 +82,46 @@ def render_model_card(
 def _description(
     config: C2CConfig, bases: Sequence[BaseLicense], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    configs: list[Any] = [config.receiver_config, *(sharer.config for sharer in config.sharers)]
-    shapes: list[Any] = [config.receiver_layer_shapes, *(sharer.layer_shapes for sharer in config.sharers)]
+    configs = [config.receiver_config, *(sharer.config for sharer in config.sharers)]
+    shapes = [config.receiver_layer_shapes, *(sharer.layer_shapes for sharer in config.sharers)]
     revisions = [config.receiver_revision, *(sharer.revision for sharer in config.sharers)]
-    described = [
+    models = [
         {
             "role": "sharer" if index else "receiver",
             "name": base.name,
-            "architecture": configs[index].model_type,
+            "architecture": getattr(configs[index], "model_type", "unknown"),
             "layers": len(shapes[index] or []),
             "revision": f"`{revisions[index]}`" if revisions[index] else "not recorded",
         }
         for index, base in enumerate(bases)
     ]
-    # Single numbers are what the trainer remembers, such as the gates' temperature; scales are measured.
+    # Scalars such as the gate temperature are the trainer's state, and scales are measured.
     trained = [
         value
         for name, value in weights.items()
         if name.startswith("fuser.") and value.dim() > 0 and not name.endswith("_scales")
     ]
     return {
-        "receiver": described[0],
-        "sharers": described[1:],
+        "receiver": models[0],
+        "sharers": models[1:],
         "num_parameters": f"{sum(value.numel() for value in trained):,}",
         "size": readable_size(sum(value.nbytes for value in weights.values())),
         "token_alignment": ", ".join(f"`{alignment}`" for alignment in config.token_alignments),
         "layer_alignment": config.layer_alignment,
         "fusion_mode": config.fusion_mode,
         "mode": config.mode,
-        "gates": open_gates(weights),
+        "gates": gate_summary(weights),
     }
 
 
-def open_gates(weights: Mapping[str, torch.Tensor]) -> str:
-    """Count the gates that are open at inference, in words."""
+def gate_summary(weights: Mapping[str, torch.Tensor]) -> str:
+    """Say how many gates are open at inference."""
     logits = [value.flatten() for name, value in weights.items() if "gate_logit" in name]
     if not logits:
         return "no gates"
     gates = torch.cat(logits) > 0
     count = f"{int(gates.sum())} of {len(gates)} gates are open"
-    return count if gates.any() else f"{count}, so that the answers are the receiver's own"
+    return count if gates.any() else f"{count}, so the answers are the receiver's own"
 
 
 def readable_size(num_bytes: int) -> str:
@@ -148,7 +145,7 @@ def read_metrics(evaluation: str | Path) -> dict[str, list[dict[str, Any]]]:
 
     Raises:
         OSError: There is no `metrics.json`.
-        ValueError: It is damaged, or of another shape.
+        ValueError: It is damaged, or has another structure.
     """
     path = Path(evaluation) / METRICS_FILE
     if not path.is_file():
@@ -160,14 +157,14 @@ def read_metrics(evaluation: str | Path) -> dict[str, list[dict[str, Any]]]:
             "pairing_gain": [_checked(row, ("task",)) for row in content.get("pairing_gain", [])],
         }
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"`evaluation`: {path.name} is damaged or of another shape ({error}).") from error
+        raise ValueError(f"`evaluation`: {path.name} is damaged or has another structure ({error}).") from error
 
 
 def _checked(row: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name in texts:
         if not isinstance(row[name], str):
-            raise TypeError(f"{name} is no text: {row[name]!r}")
+            raise TypeError(f"{name} is not a string: {row[name]!r}")
         checked[name] = row[name]
     interval = row.get("interval")
     checked["value"] = float(row["value"])
@@ -184,8 +181,8 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
-def _cell(value: Any) -> str:
-    """Make a value fit into a table's cell."""
+def _cell(value: object) -> str:
+    """Escape a value for a cell of a Markdown table."""
     return " ".join(str(value).replace("|", "\\|").split())
 
 

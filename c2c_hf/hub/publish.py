@@ -1,28 +1,27 @@
-"""Publishes a saved fuser on the Hub: its own files and a card in one commit, never a base model's weight."""
+"""Publish a saved fuser on the Hub: its own files and a model card in one commit, never a base model's weight."""
 
 import json
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..checkpoints.download import check_subfolder
 from ..checkpoints.fuser_weights import is_own_weight, load_fuser_weights
 from ..checkpoints.receiver_adapter import ADAPTER_FOLDER
-from ..checkpoints.remote_code import code_files
+from ..checkpoints.remote_code import CODE_FILES, code_files
 from ..configuration_c2c import C2CConfig
-from .download import check_subfolder
-from .licenses import GEMMA_NOTICE
+from .licenses import GEMMA_NOTICE, base_licenses
 from .model_card import render_model_card
 
-#: Files of a fuser, of a processor and of the tokenizers; what else stands in a folder (checkpoints, logs, optimizer
-#: states) stays at home.
+#: Files of a fuser, of a processor and of the tokenizers; all others in a folder (checkpoints, logs, optimizer
+#: states) are not uploaded.
 _OWN_FILES = re.compile(
     r"config\.json|generation_config\.json|processor_config\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -31,9 +30,6 @@ _OWN_FILES = re.compile(
     r"|vocab\.txt|merges\.txt|[\w.-]+\.model|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja)"
 )
 _TEXTS = ("README.md", "LICENSE", "NOTICE")
-_ATTEMPTS = 3
-#: Requests that the client does not repeat by itself.
-_SENT_ONCE = ("/commit/", "/branch/", "/repos/create")
 
 
 def publish_fuser(
@@ -44,76 +40,78 @@ def publish_fuser(
     card: str | None = None,
     license: str | None = None,
     evaluation: str | Path | None = None,
-    training: Mapping[str, Any] | None = None,
+    training: Mapping[str, object] | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
+    subfolder: str | None = None,
+    token: str | bool | None = None,
     **upload_kwargs: Any,
 ) -> CommitInfo:
-    """Publish a saved fuser, its processor and its card in one commit.
+    """Publish a saved fuser, its processor and its model card in one commit.
 
     Args:
-        folder: As saved, by the model and the processor.
+        folder: A folder saved by the model and the processor.
         repo_id: `name` or `owner/name`; made if needed.
         receiver: Hub id to record in place of the receiver's name, where that is a local folder.
         sharers: The same for the sharers, one or a list.
-        card: The card's text. `None`: the folder's README.md, or where it has none, one that is rendered.
-        license: Of the fuser, see [`~base_licenses.fuser_license`]; this and the following are for the rendered card.
-        evaluation: A folder of `c2c evaluate`. `None`: the card says that nothing was measured.
-        training: How the fuser was trained, field by field. `None`: the card says that this is not recorded.
-        datasets: Hub ids of the data it was trained on.
+        card: The card's text. `None`: the folder's README.md, or a card that is rendered if it has none.
+        license: Of the fuser, see [`~hub.licenses.fuser_license`]; this and the following four are for the rendered
+            card, see [`~hub.model_card.render_model_card`].
+        evaluation: A folder of `c2c evaluate`.
+        training: How the fuser was trained, field by field.
+        datasets: Hub ids of the training data.
         tags: Further tags.
-        **upload_kwargs: `subfolder`, `private`, `token`, `revision`, `create_pr`, `commit_message` and
-            `commit_description`, see [`upload_files`].
+        subfolder: Folder in the repository, for several fusers in one.
+        token: Of the Hub. `None`: the stored one.
+        **upload_kwargs: `private`, `revision`, `create_pr`, `commit_message` and `commit_description`, see
+            [`upload_files`].
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: A base model is a local folder that nobody else has, the license cannot be found out, or the folder
-            holds weights that are not the fuser's.
-        OSError: There is no saved fuser, or the Hub refuses or does not answer; nothing is committed then.
+        ValueError: A base model is a local folder, the license cannot be determined, or the folder holds weights that
+            are not the fuser's.
+        OSError: There is no saved fuser, or the Hub refuses ([`~huggingface_hub.errors.HfHubHTTPError`]).
+        HTTPError: The Hub does not answer ([`~huggingface_hub.errors.HTTPError`]).
     """
     folder = Path(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in publishable_files(folder)}
     config = C2CConfig.from_pretrained(folder)
-    wished: list[Any] = [receiver, *([None] * config.num_sharers)]
+    wished: Sequence[str | None] = [None] * config.num_sharers
     if sharers is not None:
-        wished[1:] = [sharers] if isinstance(sharers, str) else sharers
-    files["config.json"] = _published_config(folder, config, wished)
+        wished = [sharers] if isinstance(sharers, str) else sharers
+    files["config.json"] = _published_config(folder, config, receiver, wished)
     if (name := f"{ADAPTER_FOLDER}/adapter_config.json") in files:
         adapter = json.loads((folder / name).read_text(encoding="utf-8"))
-        adapter["base_model_name_or_path"] = config.receiver_name_or_path
-        files[name] = (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode()
-    rendered_license = None
+        files[name] = _as_json({**adapter, "base_model_name_or_path": config.receiver_name_or_path})
+    bases = base_licenses(config, token)
     if card is None and "README.md" not in files:
         weights = load_fuser_weights(folder, {})
-        where = (repo_id, upload_kwargs.get("subfolder"))
-        rendered = render_model_card(config, weights, *where, license, evaluation, training, datasets, tags)
-        card, rendered_license = str(rendered), rendered.data.to_dict().get("license")
+        about = (repo_id, subfolder, license, evaluation, training, datasets, tags)
+        card = str(render_model_card(config, weights, bases, *about))
     if card is not None:
         files["README.md"] = card.encode()
-    if rendered_license == "gemma":
-        files["NOTICE"] = f"{GEMMA_NOTICE}\n".encode()
-    return upload_files(files, repo_id, **upload_kwargs)
+    if "gemma" in (base.license for base in bases):
+        files["NOTICE"] = _with_gemma_notice(folder / "NOTICE")
+    return upload_files(files, repo_id, subfolder=subfolder, token=token, **upload_kwargs)
 
 
-def _published_config(folder: Path, config: C2CConfig, wished: Sequence[str | None]) -> bytes:
-    """Return `config.json` with base models that anyone can load; the configuration itself changes along."""
-    if len(wished) != config.num_sharers + 1:
-        raise ValueError(f"`sharers`: this fuser has {config.num_sharers} sharers, but got {len(wished) - 1} names.")
+def _published_config(folder: Path, config: C2CConfig, receiver: str | None, sharers: Sequence[str | None]) -> bytes:
+    """Return the content of `config.json` with the base models' Hub ids, which are recorded in `config` as well."""
+    if len(sharers) != config.num_sharers:
+        raise ValueError(f"`sharers`: this fuser has {config.num_sharers} sharers, but got {len(sharers)} names.")
+    receiver_id = _hub_id("receiver", receiver, config.receiver_name_or_path)
+    if receiver_id != config.receiver_name_or_path:
+        # A recorded commit belongs to the recorded model.
+        config.receiver_name_or_path, config.receiver_revision = receiver_id, None
+    for sharer, wished in zip(config.sharers, sharers, strict=True):
+        sharer_id = _hub_id("sharers", wished, sharer.name_or_path)
+        if sharer_id != sharer.name_or_path:
+            sharer.name_or_path, sharer.revision = sharer_id, None
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    recorded = [config.receiver_name_or_path, *(sharer.name_or_path for sharer in config.sharers)]
-    revisions = [config.receiver_revision, *(sharer.revision for sharer in config.sharers)]
-    roles = ["receiver", *["sharers"] * config.num_sharers]
-    names = [_hub_id(*texts) for texts in zip(roles, wished, recorded, strict=True)]
-    # A recorded commit is one of the recorded model's.
-    compared = zip(names, recorded, revisions, strict=True)
-    kept = [revision if name == old else None for name, old, revision in compared]
-    config.receiver_name_or_path, config.receiver_revision = names[0], kept[0]
-    for sharer, name, revision in zip(config.sharers, names[1:], kept[1:], strict=True):
-        sharer.name_or_path, sharer.revision = name, revision
     changed = {name: config.to_dict()[name] for name in ("receiver_name_or_path", "receiver_revision", "sharers")}
-    return (json.dumps({**fields, **changed}, indent=2, sort_keys=True) + "\n").encode()
+    return _as_json({**fields, **changed})
 
 
 def _hub_id(role: str, wished: str | None, recorded: str | None) -> str:
@@ -123,18 +121,27 @@ def _hub_id(role: str, wished: str | None, recorded: str | None) -> str:
             validate_repo_id(name)
             return name
     except HFValidationError:
-        name = str(name)
+        pass
     raise ValueError(
-        f"`{role}`: the base model {name!r} is no Hub id, so that nobody else could load the fuser; pass the Hub "
+        f"`{role}`: the base model {name!r} is not a Hub id, so the fuser could not be loaded elsewhere; pass the Hub "
         f"id of the same model as `{role}`."
     )
 
 
+def _with_gemma_notice(path: Path) -> bytes:
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return (text if GEMMA_NOTICE in text else f"{text}{GEMMA_NOTICE}\n").encode()
+
+
+def _as_json(fields: Mapping[str, object]) -> bytes:
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+
+
 def publishable_files(folder: str | Path) -> list[str]:
-    """List what of a saved fuser's folder belongs on the Hub.
+    """List the files of a saved fuser's folder that are uploaded.
 
     Args:
-        folder: With a fuser and, usually, its processor.
+        folder: Of a fuser and, usually, its processor.
 
     Returns:
         Paths inside the folder, sorted.
@@ -150,7 +157,7 @@ def publishable_files(folder: str | Path) -> list[str]:
     if "config.json" not in names or not weights:
         raise OSError(f"`folder`: {str(folder)!r} holds no saved fuser (config.json and model.safetensors).")
     for name in weights:
-        # An adapter has names of its own, which PEFT compares with the receiver's.
+        # An adapter's weights have other names, which PEFT compares with the receiver's.
         if "/" not in name:
             _check_weights(folder / name)
     return sorted(names | code_files(folder))
@@ -180,113 +187,50 @@ def upload_files(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Upload a saved fuser in one commit; files of an earlier one that it no longer has are deleted in the same.
+    """Upload a saved fuser in one commit, which also deletes files of an earlier fuser that it does not have.
 
     Args:
         files: Path in the repository -> file or content.
         repo_id: `name` or `owner/name`; made if needed.
-        subfolder: Where in the repository, for several fusers in one.
+        subfolder: Folder in the repository, for several fusers in one.
         commit_message: Default: `"Upload fuser"`.
         commit_description: Its body.
-        private: Of a repository that is made.
-        token: Of the Hub. `None`: the one that is stored.
+        private: Whether a new repository is private.
+        token: Of the Hub. `None`: the stored one.
         revision: The branch; made if needed.
-        create_pr: Open a pull request in place of writing to the branch.
+        create_pr: Open a pull request instead of writing to the branch.
 
     Returns:
         The commit.
 
     Raises:
-        OSError: The Hub refuses or does not answer; nothing is committed then.
-        ValueError: `subfolder` goes outside the repository, or code would go into it.
+        ValueError: `subfolder` goes outside the repository, or it would contain code.
+        OSError: The Hub refuses ([`~huggingface_hub.errors.HfHubHTTPError`]); nothing is committed.
+        HTTPError: The Hub does not answer ([`~huggingface_hub.errors.HTTPError`]).
     """
     check_subfolder(subfolder)
     if subfolder and any(name.endswith(".py") for name in files):
         raise ValueError(
-            "`subfolder` must be None where code travels, since transformers looks for it at the repository's root; "
-            f"but got {subfolder!r}."
+            "`subfolder` must be None with `with_code=True`, since transformers looks for code at the root of a "
+            f"repository, but got {subfolder!r}."
         )
     api, place = HfApi(token=token), f"{subfolder}/" if subfolder else ""
-    for attempt in range(_ATTEMPTS):
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not revision.startswith("refs/pr"):
-                _make_branch(api, repo_id, revision, create_pr)
-            return api.create_commit(
-                repo_id,
-                [
-                    *(CommitOperationAdd(f"{place}{name}", content) for name, content in files.items()),
-                    *(CommitOperationDelete(name) for name in _stale(api, repo_id, revision, place, files)),
-                ],
-                commit_message=commit_message or "Upload fuser",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        # A failed upload of a large file comes as a RuntimeError around the cause.
-        except (HTTPError, RuntimeError) as error:
-            # Sending the same again is safe: what has arrived is compared, not committed twice. Of pull requests
-            # there would be two.
-            if create_pr or attempt == _ATTEMPTS - 1 or not _passes(error):
-                raise _explained(error, repo_id) from error
-            time.sleep(1)
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _make_branch(api: HfApi, repo_id: str, revision: str, create_pr: bool) -> None:
-    try:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    except HfHubHTTPError as error:
-        # Who may only open pull requests may not make branches: then it has to be there, which the commit finds out.
-        if not (create_pr and error.response.status_code == 403):
-            raise
-
-
-def _stale(api: HfApi, repo_id: str, revision: str | None, place: str, files: Mapping[str, Any]) -> list[str]:
-    """Name the files of an earlier fuser at the same place, which would be read as part of the new one."""
-    present = api.list_repo_files(repo_id, revision=revision)
-    code = {path.name for path in Path(__file__).parent.glob("*.py")}
-    own = [name.removeprefix(place) for name in present if name.startswith(place)]
-    return [f"{place}{name}" for name in own if (_OWN_FILES.fullmatch(name) or name in code) and name not in files]
-
-
-def _passes(error: BaseException) -> bool:
-    """Say whether trying again may help: the server is in trouble, or the connection was cut."""
-    if not isinstance(error, HTTPError) or not any(part in _url(error) for part in _SENT_ONCE):
-        return False
-    return not isinstance(error, HfHubHTTPError) or _status(error) >= 500
-
-
-def _url(error: HTTPError) -> str:
-    if isinstance(error, HfHubHTTPError):
-        return str(error.response.url)
-    # The transport sets it; an error that comes before there was a request has none, and says so by raising.
-    try:
-        return str(error.request.url)
-    except RuntimeError:
-        return ""
-
-
-def _status(error: BaseException) -> int:
-    response: Any = getattr(error, "response", None)
-    return 0 if response is None else response.status_code
-
-
-def _explained(error: BaseException, repo_id: str) -> OSError:
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
-    said = " ".join(str(cause).split()) or type(cause).__name__
-    status = _status(cause)
-    if status in (401, 403):
-        return PermissionError(
-            f"`token`: the Hub refused to write to {repo_id!r} ({status}); log in with `hf auth login`, or pass a "
-            f"token that may write there. It said: {said}"
-        )
-    if status in (409, 412):
-        return OSError(
-            f"`repo_id`: {repo_id!r} was changed by someone else at the same time ({status}), and nothing was "
-            f"committed; try again. The Hub said: {said}"
-        )
-    return OSError(
-        f"`repo_id`: uploading to {repo_id!r} failed and nothing was committed; try again, what has arrived is not "
-        f"sent twice. The cause: {said}"
+    present = [
+        name.removeprefix(place) for name in api.list_repo_files(repo_id, revision=revision) if name.startswith(place)
+    ]
+    # Files of an earlier fuser in the same place would be loaded as parts of the new one.
+    stale = [name for name in present if (_OWN_FILES.fullmatch(name) or name in CODE_FILES) and name not in files]
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(f"{place}{name}", content) for name, content in files.items()),
+            *(CommitOperationDelete(f"{place}{name}") for name in stale),
+        ],
+        commit_message=commit_message or "Upload fuser",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
     )

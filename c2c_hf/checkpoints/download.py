@@ -1,4 +1,4 @@
-"""Files from the Hub: found, downloaded, compared with their hashes."""
+"""Files from the Hub: found, downloaded and compared with their sha256."""
 
 import hashlib
 import os
@@ -29,11 +29,11 @@ def find_file(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | Non
 
     Args:
         name: Folder or Hub id.
-        filename: Of the file.
-        hub_kwargs: Where on the Hub.
+        filename: Name of the file, or its path in the folder.
+        hub_kwargs: Arguments of the Hub, see `HUB_KWARGS`.
 
     Returns:
-        Its path, or `None` where there is no such file.
+        Its path, or `None` if there is no such file.
 
     Raises:
         OSError: The Hub refuses or does not answer.
@@ -44,7 +44,7 @@ def find_file(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | Non
     try:
         return hf_hub_download(name, filename, **hub_kwargs)
     except LocalEntryNotFoundError as error:
-        # Offline, what is not in the cache is as good as missing; else the Hub should have answered.
+        # Offline, a file that is not in the cache counts as missing.
         if hub_kwargs.get("local_files_only") or is_offline_mode():
             return None
         raise OSError(
@@ -57,12 +57,12 @@ def find_file(name: str, filename: str, hub_kwargs: dict[str, Any]) -> str | Non
 
 
 def fetch_folder(name: str | os.PathLike, patterns: Sequence[str], hub_kwargs: dict[str, Any]) -> Path:
-    """Return a folder, or download one with those files of a repository that are asked for, all of one commit.
+    """Return a folder, or download one with the matching files of a repository, all of one commit.
 
     Args:
         name: Folder or Hub id.
         patterns: Of the files, such as `"tokenizer*"`.
-        hub_kwargs: Where on the Hub; with `subfolder`, that one is returned.
+        hub_kwargs: Arguments of the Hub, see `HUB_KWARGS`; with `subfolder`, its path is returned.
 
     Raises:
         OSError: The Hub refuses or does not answer.
@@ -78,14 +78,14 @@ def fetch_folder(name: str | os.PathLike, patterns: Sequence[str], hub_kwargs: d
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted, **kwargs), subfolder)
     except (HTTPError, LocalEntryNotFoundError) as error:
-        raise OSError(f"{str(name)!r} is no folder and could not be downloaded: {error}") from error
+        raise OSError(f"{str(name)!r} is not a folder and could not be downloaded: {error}") from error
 
 
 def check_download(path: Path) -> None:
-    """Compare a download with the hash by which the Hub knows it; the client itself compares sizes alone.
+    """Compare the sha256 of a download with the one that the Hub announced; huggingface_hub compares sizes only.
 
     Args:
-        path: Of a large file, in the cache of the Hub or anywhere else, where nothing is compared.
+        path: A file. One that is not in the cache of the Hub, or not stored there by its sha256, is not compared.
 
     Raises:
         ValueError: They differ. The file is removed from the cache, so that a retry downloads it again.
@@ -102,5 +102,5 @@ def check_download(path: Path) -> None:
         path.unlink()
         blob.unlink()
         raise ValueError(
-            f"{path.name} was damaged on its way: its sha256 is {found}, but the Hub announces {blob.name}; try again."
+            f"{path.name} was damaged during the download: its sha256 is {found}, but the Hub announces {blob.name}; try again."
         )
