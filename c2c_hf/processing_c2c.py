@@ -1,53 +1,267 @@
-"""`C2CProcessor`: texts or chats -> the receiver's batch, the sharers' batches and who reads whom."""
+"""`C2CProcessor`: texts or chats in; one batch with the token ids of all models and their alignment out."""
 
 from __future__ import annotations
 
+import copy
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
-from .alignment.chat_template import Chat, Message, chat_segments, plain_messages
-from .alignment.padding import BatchLayout
+from ._files import staged_folder
+from .alignment.chat_template import Message, RenderedChat, chat_segments, plain_messages
+from .alignment.padding import BatchLayout, pad_token_id
 from .alignment.report import AlignmentReport, alignment_report
-from .alignment.token_table import Segment, align_spans, apply_token_table, mask_last_position, own_bos_token_id
-from .pretrained_processor import C2CPreTrainedProcessor
+from .alignment.spans import Segment, align_spans
+from .alignment.token_table import apply_token_table, build_token_table, own_bos_token_id, resolve_alignments
+from .checkpoints.base_models import TOKENIZER_KWARGS, WITHOUT_CODE
+from .checkpoints.download import HUB_KWARGS, fetch_folder
+from .checkpoints.remote_code import write_code
+from .configuration_c2c import MODES, check_choice, one_per_sharer
+from .inference.fingerprints import tokenizer_hash
 
-#: Ids and character offsets; no offsets where nothing is aligned by `span`.
-Tokenized = tuple[list[int], list[tuple[int, int]]]
-#: (sharer index, add BOS) -> every row's tokens and segments. Called for `span` alone.
-SharerRows = Callable[[int, bool], list[tuple[Tokenized, list[Segment]]]]
+#: Arguments of the constructor that are saved in `processor_config.json`.
+_FIELDS = ("token_alignment", "add_sharer_bos", "mode", "memory_sink_tokens", "unknown", "partial_characters")
+#: Files of a saved processor, as patterns for the download.
+_FILES = (
+    *(PROCESSOR_NAME, "*token*", "vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates/*"),
+    *("sharer_*/*", "*.py"),
+)
+#: Files that only some tokenizers write but every tokenizer loads: those of an earlier save are removed.
+_OPTIONAL_FILES = ("added_tokens.json", "special_tokens_map.json", CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE)
 
 
-class C2CProcessor(C2CPreTrainedProcessor):
+class Tokens(NamedTuple):
+    """One tokenized text.
+
+    Attributes:
+        ids: Token ids.
+        offsets: Characters `(start, end)` of each token, empty for special tokens; `[]` where no sharer is aligned by
+            `"span"`.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Prompt(NamedTuple):
+    """One row of a call, before tokenization.
+
+    Attributes:
+        text: Text of the receiver.
+        context: Text that only the sharers see, `""` for none.
+        sharer_text: Sharer index -> the text of that sharer, context included, and the runs of characters that it
+            shares with the receiver's.
+    """
+
+    text: str
+    context: str
+    sharer_text: Callable[[int], tuple[str, list[Segment]]]
+
+
+class SharerRow(NamedTuple):
+    """One row for one sharer, before padding.
+
+    Attributes:
+        ids: Token ids, `(sharer_len,)`.
+        mask: 1 at tokens that the sharer sees, `(sharer_len,)`.
+        alignment: Sharer position of each receiver position or -1, `(receiver_len,)`, int64.
+    """
+
+    ids: Sequence[int]
+    mask: Sequence[int]
+    alignment: np.ndarray
+
+
+class Row(NamedTuple):
+    """One row of the batch, before padding.
+
+    Attributes:
+        ids: The receiver's token ids, in memory mode with the slots.
+        sharers: One entry per sharer.
+    """
+
+    ids: list[int]
+    sharers: list[SharerRow]
+
+
+def _load_tokenizer(
+    name: str | os.PathLike | PreTrainedTokenizerBase, model_kwargs: Mapping[str, Any]
+) -> PreTrainedTokenizerBase:
+    """Load a base model's tokenizer with those of the model's arguments that concern it; a loaded one is returned."""
+    if isinstance(name, PreTrainedTokenizerBase):
+        return name
+    kwargs = {key: value for key, value in model_kwargs.items() if key in TOKENIZER_KWARGS}
+    return AutoTokenizer.from_pretrained(name, **{**WITHOUT_CODE, **kwargs})
+
+
+def _prefix(context: str) -> str:
+    """Separate a context from the text that follows it."""
+    return f"{context}\n\n" if context else ""
+
+
+def _text_for_sharer(text: str, context: str, sharer_index: int) -> tuple[str, list[Segment]]:
+    """Return a plain text as every sharer gets it, see [`Prompt`]."""
+    prefix = _prefix(context)
+    return prefix + text, [(0, len(prefix), len(text))]
+
+
+def _table_row(table: torch.Tensor, receiver_ids: list[int], bos_token_id: int | None) -> SharerRow:
+    """Map the receiver's tokens to a sharer's one by one."""
+    ids = torch.tensor([receiver_ids])
+    sharer_ids, mask, alignment = apply_token_table(table, ids, torch.ones_like(ids), bos_token_id)
+    return SharerRow(sharer_ids[0].tolist(), mask[0].tolist(), alignment[0].numpy())
+
+
+def _sharer_grid(context_ids: list[int], bos_token_id: int | None) -> range:
+    """Return the sharer position that fills each memory slot: one slot per token of the context.
+
+    The sharer's BOS gets no slot, since the receiver's own first tokens serve as attention sink.
+    """
+    starts_with_bos = bos_token_id is not None and context_ids[:1] == [bos_token_id]
+    return range(int(starts_with_bos), len(context_ids))
+
+
+def _is_saved(name: str) -> bool:
+    """Return whether an entry of a folder belongs to a saved processor, though not every processor has it."""
+    return name in _OPTIONAL_FILES or re.fullmatch("sharer_[0-9]+", name) is not None
+
+
+class C2CProcessor(ProcessorMixin):
     """Tokenizers of the receiver and of its sharers behind one call.
 
     Args:
         tokenizer: The receiver's tokenizer.
         sharer_tokenizers: One tokenizer per sharer, or a single one.
-        token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`, one for all or one per sharer. Default:
-            `"identity"` where the vocabularies are the same, else `"span"`.
-        add_sharer_bos: Give sharers the BOS their own tokenizer writes. Off, they read as in the reference.
-        mode: What becomes of `sharer_context`, see [`C2CConfig`]: `"fusion"`, or `"memory"`, where the prompt
-            gets a slot for each of its tokens.
-        memory_sink_tokens: Number of the prompt's tokens in front of the slots.
-        unknown: Of the token tables, see [`~alignment.build_token_table`].
+        token_alignment: `"identity"`, `"first"`, `"longest"` or `"span"`, one for all sharers or one per sharer.
+            `None`: `"identity"` where the vocabularies are the same, else `"span"`; in memory mode `"span"`.
+        add_sharer_bos: Give each sharer the BOS that its own tokenizer adds. Off: none, as in the reference.
+        mode: How `sharer_context` reaches the receiver, see [`C2CConfig`]: `"fusion"`, or `"memory"`, where the prompt
+            gets one slot per context token.
+        memory_sink_tokens: Number of the prompt's first tokens, in front of the slots.
+        unknown: Of the token tables, see [`~alignment.token_table.build_token_table`].
         partial_characters: Of the token tables as well.
         chat_template: Replaces the receiver's chat template.
 
     Raises:
-        ValueError: For an unknown alignment, `identity` between different vocabularies, or `span` with a slow
-            tokenizer, which knows no character offsets.
+        TypeError: A tokenizer is something else.
+        ValueError: For an unknown value, `"identity"` between different vocabularies, or `"span"` with a slow
+            tokenizer, which has no character offsets.
     """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sharer_tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase],
+        token_alignment: str | Sequence[str] | None = None,
+        add_sharer_bos: bool = True,
+        mode: str = "fusion",
+        memory_sink_tokens: int = 1,
+        unknown: str = "skip",
+        partial_characters: str = "skip",
+        chat_template: str | None = None,
+    ) -> None:
+        if isinstance(sharer_tokenizers, PreTrainedTokenizerBase):
+            sharer_tokenizers = [sharer_tokenizers]
+        sharers: list[PreTrainedTokenizerBase] = list(sharer_tokenizers)
+        for name, candidate in [("tokenizer", tokenizer), *(("sharer_tokenizers", sharer) for sharer in sharers)]:
+            if not isinstance(candidate, PreTrainedTokenizerBase):
+                raise TypeError(f"`{name}` must hold tokenizers, got {type(candidate).__name__}.")
+        if not sharers:
+            raise ValueError("`sharer_tokenizers` is empty: give at least one sharer's tokenizer.")
+        check_choice("unknown", unknown, ("skip", "unk"))
+        check_choice("partial_characters", partial_characters, ("skip", "replace"))
+        check_choice("mode", mode, MODES)
+        if mode == "memory" and token_alignment is None:
+            token_alignment = "span"
+        self.token_alignments = resolve_alignments(token_alignment, [tokenizer, *sharers])
+        if mode == "memory" and set(self.token_alignments) != {"span"}:
+            raise ValueError(f"`mode='memory'` needs `token_alignment='span'`, got {self.token_alignments}.")
+        for alignment, sharer in zip(self.token_alignments, sharers, strict=True):
+            slow = [type(t).__name__ for t in (tokenizer, sharer) if not t.is_fast]
+            if alignment == "span" and slow:
+                raise ValueError(
+                    f"`token_alignment='span'` follows character offsets, which the slow tokenizer {slow[0]} lacks: "
+                    "use a fast tokenizer, or 'first' or 'longest'."
+                )
+        self.tokenizer = tokenizer
+        self.sharer_tokenizers = sharers
+        self.add_sharer_bos = add_sharer_bos
+        self.mode = mode
+        self.memory_sink_tokens = memory_sink_tokens
+        self.unknown = unknown
+        self.partial_characters = partial_characters
+        self._token_tables: list[torch.Tensor | None] | None = None
+        if chat_template is not None and chat_template != tokenizer.chat_template:
+            self.tokenizer = copy.deepcopy(tokenizer)
+            self.chat_template = chat_template
+
+    @classmethod
+    def from_receiver_and_sharers(
+        cls,
+        receiver: str | os.PathLike | PreTrainedTokenizerBase,
+        sharers: str | os.PathLike | PreTrainedTokenizerBase | Sequence[str | os.PathLike | PreTrainedTokenizerBase],
+        token_alignment: str | Sequence[str] | None = None,
+        receiver_kwargs: Mapping[str, Any] | None = None,
+        sharer_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        **processor_kwargs: Any,
+    ) -> C2CProcessor:
+        """Build from Hub ids, folders or tokenizers.
+
+        Args:
+            receiver: Id, folder or tokenizer of the receiver.
+            sharers: The same, one or several.
+            token_alignment: As in the constructor.
+            receiver_kwargs: Arguments of the receiver's `from_pretrained`; those that concern weights are ignored.
+            sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
+            processor_kwargs: Further arguments of the constructor.
+
+        Raises:
+            ValueError: If there is not one `sharer_kwargs` per sharer, and as the constructor.
+        """
+        names = [sharers] if isinstance(sharers, str | os.PathLike | PreTrainedTokenizerBase) else list(sharers)
+        all_kwargs = [receiver_kwargs, *one_per_sharer("sharer_kwargs", sharer_kwargs, len(names))]
+        tokenizers = [
+            _load_tokenizer(name, kwargs or {}) for name, kwargs in zip([receiver, *names], all_kwargs, strict=True)
+        ]
+        return cls(tokenizers[0], tokenizers[1:], token_alignment, **processor_kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the outputs, in order."""
         return ["input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment"]
 
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The receiver's chat template."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, chat_template: str | dict[str, str] | None) -> None:
+        self.tokenizer.chat_template = chat_template
+
+    @property
+    def token_tables(self) -> list[torch.Tensor | None]:
+        """One table `(receiver vocabulary,)` per sharer aligned by `first` or `longest`, else `None`; built once."""
+        if self._token_tables is None:
+            self._token_tables = [
+                build_token_table(self.tokenizer, sharer, alignment, self.unknown, self.partial_characters)
+                if alignment in ("first", "longest")
+                else None
+                for sharer, alignment in zip(self.sharer_tokenizers, self.token_alignments, strict=True)
+            ]
+        return self._token_tables
+
     def sink_ids(self) -> list[int]:
-        """Return the tokens that stand in front of a memory: the first ones of the receiver's chats, or its BOS."""
+        """Return the tokens in front of the memory slots: the first ones of the receiver's chats, else its BOS."""
         if self.chat_template is not None:
             text = str(self.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
             return self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.memory_sink_tokens]
@@ -55,9 +269,11 @@ class C2CProcessor(C2CPreTrainedProcessor):
         return [] if bos is None or not self.memory_sink_tokens else [bos]
 
     def alignment_report(self, texts: Sequence[str], sharer_index: int = 0) -> AlignmentReport:
-        """Measure one sharer's alignment on plain texts, see [`~alignment_report.alignment_report`]."""
+        """Measure one sharer's alignment on plain texts, see [`~alignment.report.alignment_report`]."""
         sharer, alignment = self.sharer_tokenizers[sharer_index], self.token_alignments[sharer_index]
         return alignment_report(self.tokenizer, sharer, texts, alignment, self.token_tables[sharer_index])
+
+    # ------------------------------------------------------------------ texts and chats
 
     def __call__(
         self,
@@ -75,20 +291,20 @@ class C2CProcessor(C2CPreTrainedProcessor):
 
         Args:
             text: One text or several.
-            sharer_context: Text only the sharers read, before the text: one for all, or one per text.
+            sharer_context: Text that only the sharers see, before the text: one for all, or one per text.
             return_tensors: `"pt"`, or `None` for lists.
             padding: As in a tokenizer, on the left. Default: to the longest, where tensors need it.
             truncation: Cut to `max_length` tokens, on the side of the receiver's `truncation_side`.
             max_length: Largest number of tokens, of each model by itself.
-            add_special_tokens: Of the receiver.
+            add_special_tokens: Of the receiver. A text that begins with the BOS gets no second one.
             add_sharer_bos: Overrides the processor's `add_sharer_bos`.
             pad_to_multiple_of: Round the widths up, of the receiver's and of each sharer's batch.
 
         Returns:
             `input_ids` and `attention_mask`, `(batch_size, seq_len)`; `sharer_input_ids` and `sharer_attention_mask`,
-            `(batch_size, sharer_seq_len)`; `sharer_alignment`, `(batch_size, seq_len)`, the sharer position each
-            receiver position reads or -1. With several sharers the last three are lists. In memory mode the prompt is
-            longer by its slots: the alignment names the token that fills each, and is -1 elsewhere.
+            `(batch_size, sharer_seq_len)`; `sharer_alignment`, `(batch_size, seq_len)`, the sharer position with which
+            each receiver position is aligned or -1. With several sharers the last three are lists. In memory mode the
+            prompt contains the slots: the alignment names the sharer token that fills each, and is -1 elsewhere.
 
         Raises:
             ValueError: For an empty list or text, contexts that do not fit, or lengths no tensor can hold.
@@ -96,20 +312,14 @@ class C2CProcessor(C2CPreTrainedProcessor):
         texts = [text] if isinstance(text, str) else list(text)
         if not all(isinstance(t, str) for t in texts):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.80}.")
-        layout = BatchLayout(padding, max_length, pad_to_multiple_of, return_tensors)
-        heads = self._heads(sharer_context, len(texts), "text")
-        cut = (truncation, max_length)
-        receiver = [self._tokenize(self.tokenizer, t, add_special_tokens, *cut) for t in texts]
-        if self.mode == "memory":
-            return self._memory_batch(receiver, heads, isinstance(text, str), layout, add_sharer_bos, cut)
+        layout = BatchLayout(padding, truncation, max_length, pad_to_multiple_of, return_tensors)
+        contexts = self._check_contexts(sharer_context, len(texts), "text")
 
-        def sharer_rows(index: int, bos: bool) -> list[tuple[Tokenized, list[Segment]]]:
-            return [
-                (self._tokenize_sharer(index, head + t, bos, *cut), [(0, len(head), len(t))])
-                for t, head in zip(texts, heads, strict=True)
-            ]
-
-        return self._batch(receiver, sharer_rows, isinstance(text, str), layout, add_sharer_bos)
+        prompts = [
+            Prompt(t, context, partial(_text_for_sharer, t, context))
+            for t, context in zip(texts, contexts, strict=True)
+        ]
+        return self._make_batch(prompts, layout, add_special_tokens, add_sharer_bos, isinstance(text, str))
 
     def apply_chat_template(
         self,
@@ -128,17 +338,17 @@ class C2CProcessor(C2CPreTrainedProcessor):
         add_sharer_bos: bool | None = None,
         pad_to_multiple_of: int | None = None,
         **template_kwargs: Any,
-    ) -> BatchFeature | torch.Tensor | str | list[Any]:
+    ) -> BatchFeature | torch.Tensor | str | list[str] | list[int] | list[list[int]]:
         """Render chats with each model's own template, tokenize them and align the messages' contents.
 
-        With `first`, `longest` and `identity` the sharer reads the receiver's rendered chat instead. A sharer without
-        a chat template reads the contents as plain text.
+        With `first`, `longest` and `identity` the sharer gets the tokens of the receiver's rendered chat instead. A
+        sharer without a chat template gets the contents as plain text.
 
         Args:
             conversation: One list of messages or several; contents are text or lists of text parts.
             chat_template: Replaces the receiver's template.
             sharer_chat_template: Replaces the sharers' templates: one for all, or one (or `None`) per sharer.
-            sharer_context: Text only the sharers read, in front of the first user message: one, or one per chat.
+            sharer_context: Text that only the sharers see, in front of the first user message: one, or one per chat.
             add_generation_prompt: End with the start of an answer. Default: yes, unless a message is continued.
             continue_final_message: Leave the last message open.
             tokenize: Return the receiver's rendered text if off.
@@ -149,7 +359,7 @@ class C2CProcessor(C2CPreTrainedProcessor):
             max_length: As for texts.
             add_sharer_bos: Overrides the processor's `add_sharer_bos`. A BOS that a template writes stays.
             pad_to_multiple_of: As for texts.
-            template_kwargs: Handed to every template: `tools`, `documents`, `enable_thinking`, ...
+            template_kwargs: Arguments of every template: `tools`, `documents`, `enable_thinking`, ...
 
         Returns:
             The same outputs as for texts.
@@ -160,170 +370,253 @@ class C2CProcessor(C2CPreTrainedProcessor):
         if not len(conversation):
             raise ValueError("`conversation` is empty: give at least one message.")
         single = isinstance(conversation[0], Mapping)
-        chats = [plain_messages(chat) for chat in ([conversation] if single else conversation)]  # type: ignore[arg-type]
-        layout = BatchLayout(padding, max_length, pad_to_multiple_of, return_tensors)
-        heads = self._heads(sharer_context, len(chats), "conversation")
-        count = len(self.sharer_tokenizers)
-        templates = (
-            [sharer_chat_template] * count
-            if isinstance(sharer_chat_template, str | None)
-            else list(sharer_chat_template)
-        )
-        if len(templates) != count:
-            raise ValueError(f"`sharer_chat_template` has {len(templates)} entries for {count} sharers.")
+        conversations = cast("Sequence[Sequence[Message]]", [conversation] if single else conversation)
+        chats = [plain_messages(messages) for messages in conversations]
+        layout = BatchLayout(padding, truncation, max_length, pad_to_multiple_of, return_tensors)
+        contexts = self._check_contexts(sharer_context, len(chats), "conversation")
+        templates = one_per_sharer("sharer_chat_template", sharer_chat_template, len(self.sharer_tokenizers))
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         template_kwargs.update(
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
         )
-        ours = [Chat(self.tokenizer, chat, chat_template, template_kwargs) for chat in chats]
+        rendered = [RenderedChat(self.tokenizer, chat, chat_template, template_kwargs) for chat in chats]
         if not tokenize:
-            return ours[0].text if single else [chat.text for chat in ours]
-        cut = (truncation, max_length)
-        receiver = [self._tokenize(self.tokenizer, chat.text, False, *cut) for chat in ours]
-        if self.mode == "memory":
-            batch = self._memory_batch(receiver, heads, single, layout, add_sharer_bos, cut)
-            return batch if return_dict else batch["input_ids"]
+            return rendered[0].text if single else [chat.text for chat in rendered]
 
-        def sharer_rows(index: int, bos: bool) -> list[tuple[Tokenized, list[Segment]]]:
-            rows = []
-            sharer = self.sharer_tokenizers[index]
-            for chat, own, head in zip(chats, ours, heads, strict=True):
-                theirs = Chat(sharer, chat, templates[index], template_kwargs, index, head)
-                tokenized = self._tokenize_sharer(index, theirs.text, bos, *cut)
-                rows.append((tokenized, chat_segments(own.spans, theirs.spans)))
-            return rows
+        def sharer_text(
+            messages: list[dict[str, Any]], context: str, receiver_chat: RenderedChat, sharer_index: int
+        ) -> tuple[str, list[Segment]]:
+            tokenizer, template = self.sharer_tokenizers[sharer_index], templates[sharer_index]
+            chat = RenderedChat(tokenizer, messages, template, template_kwargs, sharer_index, _prefix(context))
+            return chat.text, chat_segments(receiver_chat.spans, chat.spans)
 
-        batch = self._batch(receiver, sharer_rows, single, layout, add_sharer_bos)
+        prompts = [
+            Prompt(chat.text, context, partial(sharer_text, messages, context, chat))
+            for messages, context, chat in zip(chats, contexts, rendered, strict=True)
+        ]
+        batch = self._make_batch(prompts, layout, False, add_sharer_bos, single)
         return batch if return_dict else batch["input_ids"]
 
-    def _heads(self, sharer_context: str | Sequence[str] | None, count: int, name: str) -> list[str]:
-        """Return what stands before each row's text on the sharers' side."""
+    def _check_contexts(self, sharer_context: str | Sequence[str] | None, count: int, name: str) -> list[str]:
+        """Return one context per row of the argument `name`, `""` for none."""
         if sharer_context is None:
             return [""] * count
         if set(self.token_alignments) != {"span"}:
             raise ValueError(
                 f"`sharer_context` needs `token_alignment='span'`, got {self.token_alignments}: with the others a "
-                "sharer reads the receiver's tokens and nothing else."
+                "sharer gets the receiver's tokens and nothing else."
             )
         contexts = [sharer_context] * count if isinstance(sharer_context, str) else list(sharer_context)
         if len(contexts) != count:
             raise ValueError(
                 f"`sharer_context` has {len(contexts)} entries for {count} in `{name}`: give one per entry."
             )
-        if self.mode == "memory":
-            return contexts
-        return [f"{context}\n\n" if context else "" for context in contexts]
+        return contexts
+
+    # ------------------------------------------------------------------ from prompts to a batch
+
+    def _make_batch(
+        self,
+        prompts: list[Prompt],
+        layout: BatchLayout,
+        add_special_tokens: bool,
+        add_sharer_bos: bool | None,
+        single: bool,
+    ) -> BatchFeature:
+        """Tokenize every prompt for all models, align it row by row, and pad the rows."""
+        receiver = [self._tokenize(self.tokenizer, prompt.text, add_special_tokens, layout) for prompt in prompts]
+        layout.check_rows([tokens.ids for tokens in receiver])
+        add_bos = self.add_sharer_bos if add_sharer_bos is None else add_sharer_bos
+        make_row = self._memory_row if self.mode == "memory" else self._fusion_row
+        rows = [make_row(prompt, tokens, add_bos, layout) for prompt, tokens in zip(prompts, receiver, strict=True)]
+        return self._pad_rows(rows, layout, single)
 
     def _tokenize(
-        self, tokenizer: PreTrainedTokenizerBase, text: str, special: bool, truncation: bool, max_length: int | None
-    ) -> Tokenized:
-        spans = "span" in self.token_alignments
-        side, tokenizer.truncation_side = tokenizer.truncation_side, self.tokenizer.truncation_side
-        try:
-            encoded = tokenizer(
-                text,
-                add_special_tokens=special,
-                truncation=truncation,
-                max_length=max_length if truncation else None,
-                return_offsets_mapping=spans,
-                return_attention_mask=False,
-            )
-        finally:
-            tokenizer.truncation_side = side
-        return encoded["input_ids"], encoded["offset_mapping"] if spans else []
+        self, tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, layout: BatchLayout
+    ) -> Tokens:
+        """Tokenize one text, with one BOS at most.
 
-    def _tokenize_sharer(
-        self, index: int, text: str, bos: bool, truncation: bool, max_length: int | None
-    ) -> Tokenized:
-        tokenizer = self.sharer_tokenizers[index]
-        # A text that writes the BOS itself (a rendered chat, say) must not get a second one.
-        written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return self._tokenize(tokenizer, text, bos and not written, truncation, max_length)
-
-    def _memory_batch(
-        self,
-        receiver: list[Tokenized],
-        contexts: list[str],
-        single: bool,
-        layout: BatchLayout,
-        add_sharer_bos: bool | None,
-        cut: tuple[bool, int | None],
-    ) -> BatchFeature:
-        """Give every prompt a slot for each token of its context, those of one sharer after those of another."""
-        bos = self.add_sharer_bos if add_sharer_bos is None else add_sharer_bos
-        layout.check_rows([ids for ids, _ in receiver])
-        rows = [ids[: self.memory_sink_tokens] for ids, _ in receiver]
-        sharers = []
-        for index, sharer in enumerate(self.sharer_tokenizers):
-            read = [self._tokenize_sharer(index, context, bos, *cut)[0] if context else [] for context in contexts]
-            # The sharer's start is its own sink: the receiver has one.
-            firsts = [int(bool(ids) and ids[0] == sharer.bos_token_id) for ids in read]
-            starts = [len(row) for row in rows]
-            rows = [row + [0] * (len(ids) - first) for row, ids, first in zip(rows, read, firsts, strict=True)]
-            sharers.append((layout.pad(read, sharer), read, firsts, starts))
-        tails = [ids[self.memory_sink_tokens :] for ids, _ in receiver]
-        lengths = [len(row) for row in rows]
-        input_ids, attention_mask = layout.pad(
-            [row + tail for row, tail in zip(rows, tails, strict=True)], self.tokenizer
+        Truncation is done here: fast tokenizers keep their settings for it in an object that threads share.
+        """
+        if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
+            add_special_tokens = False
+        with_offsets = "span" in self.token_alignments
+        encoded = tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=with_offsets,
+            return_attention_mask=False,
+            return_special_tokens_mask=True,
+            verbose=not layout.truncation,
         )
-        # What stands at a slot is never read; the padding token vanishes when the output is decoded.
-        pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-        outputs: list[tuple[torch.Tensor, ...]] = []
-        for (sharer_ids, sharer_mask), read, firsts, starts in sharers:
-            alignment = torch.full_like(input_ids, -1)
-            for row, (ids, first, start) in enumerate(zip(read, firsts, starts, strict=True)):
-                column = input_ids.shape[1] - lengths[row] - len(tails[row]) + start
-                slots = slice(column, column + len(ids) - first)
-                alignment[row, slots] = torch.arange(first, len(ids)) + sharer_ids.shape[1] - len(ids)
-                input_ids[row, slots] = pad
-            outputs.append((sharer_ids, sharer_mask, alignment))
-        return self._finish(input_ids, attention_mask, outputs, single, layout)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
+        if layout.truncation:
+            side = self.tokenizer.truncation_side
+            kept = layout.kept_positions(encoded["special_tokens_mask"], tokenizer.model_max_length, side)
+            ids, offsets = [ids[i] for i in kept], [offsets[i] for i in kept] if with_offsets else []
+        return Tokens(ids, offsets)
 
-    def _batch(
-        self,
-        receiver: list[Tokenized],
-        sharer_rows: SharerRows,
-        single: bool,
-        layout: BatchLayout,
-        add_sharer_bos: bool | None,
-    ) -> BatchFeature:
-        rows = [ids for ids, _ in receiver]
-        layout.check_rows(rows)
-        bos = self.add_sharer_bos if add_sharer_bos is None else add_sharer_bos
-        input_ids, attention_mask = layout.pad(rows, self.tokenizer)
-        outputs: list[tuple[torch.Tensor, ...]] = []
-        for index, (sharer, alignment) in enumerate(zip(self.sharer_tokenizers, self.token_alignments, strict=True)):
-            table = self.token_tables[index]
-            if alignment == "identity":
-                positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-                read = positions.masked_fill(attention_mask == 0, -1)
-                sharer_ids, sharer_mask = input_ids.clone(), attention_mask.clone()
+    def _fusion_row(self, prompt: Prompt, receiver: Tokens, add_bos: bool, layout: BatchLayout) -> Row:
+        """Align a prompt's tokens with those of every sharer; the last prompt token is never fused."""
+        sharers = []
+        for index, (tokenizer, table) in enumerate(zip(self.sharer_tokenizers, self.token_tables, strict=True)):
+            if self.token_alignments[index] == "span":
+                text, segments = prompt.sharer_text(index)
+                ids, offsets = self._tokenize(tokenizer, text, add_bos, layout)
+                row = SharerRow(ids, [1] * len(ids), align_spans(receiver.offsets, offsets, segments))
             elif table is not None:
-                bos_token_id = own_bos_token_id(sharer) if bos else None
-                mapped = apply_token_table(table, input_ids, attention_mask, bos_token_id)
-                # The column of the BOS makes the batch one wider than the receiver's.
-                sharer_ids, sharer_mask, read = layout.widen(*mapped)
+                row = _table_row(table, receiver.ids, own_bos_token_id(tokenizer) if add_bos else None)
             else:
-                theirs = sharer_rows(index, bos)
-                sharer_ids, sharer_mask = layout.pad([ids for (ids, _), _ in theirs], sharer)
-                read = torch.full_like(input_ids, -1)
-                for row, ((_, offsets), ((ids, spans), segments)) in enumerate(zip(receiver, theirs, strict=True)):
-                    aligned = torch.from_numpy(align_spans(offsets, spans, segments))
-                    shift = sharer_ids.shape[1] - len(ids)
-                    read[row, -len(offsets) :] = torch.where(aligned < 0, -1, aligned + shift)
-            outputs.append((sharer_ids, sharer_mask, mask_last_position(read, attention_mask)))
-        return self._finish(input_ids, attention_mask, outputs, single, layout)
+                row = SharerRow(receiver.ids, [1] * len(receiver.ids), np.arange(len(receiver.ids)))
+            row.alignment[-1] = -1
+            sharers.append(row)
+        return Row(receiver.ids, sharers)
 
-    def _finish(
+    def _memory_row(self, prompt: Prompt, receiver: Tokens, add_bos: bool, layout: BatchLayout) -> Row:
+        """Put slots for the context between the prompt's first tokens and the others, one sharer's after another's."""
+        contexts = [
+            self._tokenize(tokenizer, prompt.context, add_bos, layout) if prompt.context else Tokens([], [])
+            for tokenizer in self.sharer_tokenizers
+        ]
+        fillers = [
+            _sharer_grid(tokens.ids, tokenizer.bos_token_id)
+            for tokens, tokenizer in zip(contexts, self.sharer_tokenizers, strict=True)
+        ]
+        sink, rest = receiver.ids[: self.memory_sink_tokens], receiver.ids[self.memory_sink_tokens :]
+        # The ids of slots are not used; the padding token is skipped when outputs are decoded.
+        slots = [pad_token_id(self.tokenizer)] * sum(map(len, fillers))
+        ids = [*sink, *slots, *rest]
+        sharers, start = [], len(sink)
+        for tokens, filler in zip(contexts, fillers, strict=True):
+            alignment = np.full(len(ids), -1)
+            alignment[start : start + len(filler)] = filler
+            start += len(filler)
+            sharers.append(SharerRow(tokens.ids, [1] * len(tokens.ids), alignment))
+        return Row(ids, sharers)
+
+    def _pad_rows(self, rows: list[Row], layout: BatchLayout, single: bool) -> BatchFeature:
+        """Pad every model's rows on the left; aligned positions move along with the sharer's padding."""
+        receiver_ids = [row.ids for row in rows]
+        columns = [
+            layout.pad(receiver_ids, pad_token_id(self.tokenizer)),
+            layout.pad([[1] * len(ids) for ids in receiver_ids], 0),
+        ]
+        outputs = [layout.output(column, single) for column in columns]
+        per_sharer = []
+        for tokenizer, sharer_rows in zip(
+            self.sharer_tokenizers, zip(*(row.sharers for row in rows), strict=True), strict=True
+        ):
+            sharer_ids = layout.pad([row.ids for row in sharer_rows], pad_token_id(tokenizer))
+            width = sharer_ids.shape[1]
+            moved = [np.where(row.alignment < 0, -1, row.alignment + width - len(row.ids)) for row in sharer_rows]
+            mask, alignment = layout.pad([row.mask for row in sharer_rows], 0), layout.pad(moved, -1)
+            per_sharer.append([layout.output(tensor, single) for tensor in (sharer_ids, mask, alignment)])
+        outputs += per_sharer[0] if len(per_sharer) == 1 else map(list, zip(*per_sharer, strict=True))
+        return BatchFeature(dict(zip(self.model_input_names, outputs, strict=True)))
+
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Return what `ProcessorMixin` saves by itself: the receiver's tokenizer. The number of sharers varies."""
+        return ["tokenizer"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `processor_config.json`."""
+        return {
+            "processor_class": type(self).__name__,
+            "num_sharers": len(self.sharer_tokenizers),
+            "token_alignment": list(self.token_alignments),
+            "add_sharer_bos": self.add_sharer_bos,
+            "mode": self.mode,
+            "memory_sink_tokens": self.memory_sink_tokens,
+            "unknown": self.unknown,
+            "partial_characters": self.partial_characters,
+            "tokenizer_hashes": [tokenizer_hash(t) for t in (self.tokenizer, *self.sharer_tokenizers)],
+        }
+
+    def save_pretrained(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        outputs: list[tuple[torch.Tensor, ...]],
-        single: bool,
-        layout: BatchLayout,
-    ) -> BatchFeature:
-        columns = [list(column) if len(outputs) > 1 else column[0] for column in zip(*outputs, strict=True)]
-        values = [layout.finish(value, single) for value in (input_ids, attention_mask, *columns)]
-        return BatchFeature(dict(zip(self.model_input_names, values, strict=True)))
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        with_code: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Save the receiver's tokenizer into a folder, each sharer's into `sharer_0`, ..., and the configuration.
+
+        An interrupted save leaves what was in the folder before. Other files in the folder, a fuser's say, stay.
+
+        Args:
+            save_directory: The folder; made if needed.
+            push_to_hub: Upload the processor afterwards, alone; with its fuser, see [`C2CForCausalLM.push_to_hub`].
+            with_code: Save a short code file beside it, so that `AutoProcessor.from_pretrained(...,
+                trust_remote_code=True)` finds the class of the installed package without `import c2c_hf`.
+            kwargs: `repo_id` (default: the folder's name) and arguments of [`push_to_hub`].
+
+        Returns:
+            The path of `processor_config.json`.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"`save_directory` must be a folder, but {str(target)!r} is a file.")
+        with staged_folder(target, replaces=_is_saved, last=PROCESSOR_NAME) as staging:
+            super().save_pretrained(staging)
+            write_code(staging, PROCESSOR_NAME, with_code)
+            for index, sharer in enumerate(self.sharer_tokenizers):
+                sharer.save_pretrained(staging / f"sharer_{index}")
+        if push_to_hub:
+            # The mixin's own upload in `save_pretrained` would name the repository after the staging folder.
+            self.push_to_hub(kwargs.pop("repo_id", target.resolve().name), **kwargs)
+        return [str(target / PROCESSOR_NAME)]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoProcessor") -> None:
+        """Do nothing: this class is installed, so that its code is not copied into saved folders.
+
+        transformers calls this on every class that it loads by `trust_remote_code=True`.
+        """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> C2CProcessor:
+        """Load a saved processor from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            kwargs: Arguments of the Hub (`revision`, `token`, ...), `trust_remote_code`, or arguments of the
+                constructor that replace the saved ones.
+
+        Raises:
+            ValueError: If there is no complete processor, a vocabulary is not the saved one, or `subfolder` goes
+                outside the repository.
+            TypeError: For an unknown argument.
+        """
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        folder = fetch_folder(name, _FILES, hub)
+        config, _ = cls.get_processor_dict(folder)
+        tokenizer_kwargs = {**WITHOUT_CODE, **{key: kwargs.pop(key) for key in TOKENIZER_KWARGS if key in kwargs}}
+        if unexpected := [key for key in kwargs if key not in _FIELDS and not key.startswith("_")]:
+            raise TypeError(f"`from_pretrained` got unknown arguments: {', '.join(map(repr, unexpected))}.")
+        if not isinstance(config.get("num_sharers"), int):
+            raise ValueError(
+                f"`{name}` holds no complete C2CProcessor (processor_config.json with `num_sharers`): build one with "
+                "`C2CProcessor.from_receiver_and_sharers`."
+            )
+        folders = [folder, *(folder / f"sharer_{index}" for index in range(config["num_sharers"]))]
+        for place in folders[1:]:
+            if not place.is_dir():
+                raise ValueError(f"`{name}` lacks the sharer's tokenizer folder `{place.name}`.")
+        tokenizers = [AutoTokenizer.from_pretrained(place, **tokenizer_kwargs) for place in folders]
+        saved_hashes = config.get("tokenizer_hashes") or [None] * len(folders)
+        for place, tokenizer, saved in zip(folders, tokenizers, saved_hashes, strict=False):
+            if saved is not None and tokenizer_hash(tokenizer) != saved:
+                raise ValueError(
+                    f"`{name}`: the vocabulary in {place.name!r} is not the saved one, whose hash is {saved}; "
+                    "download or save the processor anew."
+                )
+        fields = {key: kwargs.get(key, config.get(key)) for key in _FIELDS if key in kwargs or key in config}
+        return cls(tokenizers[0], tokenizers[1:], **fields)

@@ -1,4 +1,4 @@
-"""A processor of small tokenizers, with texts and a chat for it."""
+"""A processor with small tokenizers, and texts and a chat for it."""
 
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +15,9 @@ CHAT = [
 NAMES = ["input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment"]
 
 
-def sharer(**kwargs: object) -> PreTrainedTokenizerBase:
+def sharer_tokenizer(**kwargs: object) -> PreTrainedTokenizerBase:
     return metaspace_tokenizer(**kwargs)
 
 
 def processor(token_alignment: str | None = None, **kwargs: object) -> C2CProcessor:
-    return C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), sharer(**kwargs), token_alignment)
+    return C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), sharer_tokenizer(**kwargs), token_alignment)

@@ -1,4 +1,4 @@
-"""How well an alignment carries texts from the receiver's tokens over to the sharer's."""
+"""Quality of a token alignment, measured on plain texts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..configuration_c2c import TOKEN_ALIGNMENTS
-from .token_table import align_spans, build_token_table, check_choice, decode_each
+from ..configuration_c2c import TOKEN_ALIGNMENTS, check_choice
+from .spans import align_spans
+from .token_table import build_token_table, decode_each
 
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """How well an alignment carries texts over: shares in 0..1, BLEU and chrF of the remapped text in 0..100."""
+    """Quality of a token alignment, see [`alignment_report`].
+
+    Attributes:
+        num_positions: Number of receiver tokens.
+        aligned: Share of positions that are aligned with a sharer token, 0..1.
+        one_to_one: Share of positions whose sharer token holds exactly the same text, 0..1.
+        characters_lost: Share of characters that the remapped text lacks, 0..1.
+        bleu: Of the remapped text against the original, 0..100.
+        chrf: Likewise, 0..100.
+    """
 
     num_positions: int
     aligned: float
@@ -34,8 +44,7 @@ def alignment_report(
 ) -> AlignmentReport:
     """Measure an alignment on plain texts, without special tokens.
 
-    `aligned` is the share of positions that read a token, `one_to_one` the share that read exactly their own text,
-    `characters_lost` the share of characters missing from the text of the tokens read (the remapped text).
+    The remapped text is the text of the sharer tokens that receiver positions are aligned with.
 
     Args:
         receiver_tokenizer: Tokenizer of the receiver.
@@ -45,7 +54,8 @@ def alignment_report(
         table: A table built before, for `"first"` and `"longest"`.
 
     Raises:
-        ImportError: Without sacrebleu.
+        ImportError: sacrebleu is not installed.
+        ValueError: For an unknown alignment.
     """
     try:
         import sacrebleu
@@ -59,18 +69,21 @@ def alignment_report(
     for text in texts:
         ids = receiver_tokenizer(text, add_special_tokens=False)["input_ids"]
         if token_alignment == "span":
-            spans = receiver_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            sharer = sharer_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            read = align_spans(spans, sharer["offset_mapping"], [(0, 0, len(text))])
-            exact += sum(tuple(spans[i]) == tuple(sharer["offset_mapping"][p]) for i, p in enumerate(read) if p >= 0)
-            aligned += int((read >= 0).sum())
-            kept = [sharer["input_ids"][p] for p in sorted(set(read[read >= 0].tolist()))]
+            receiver, sharer = (
+                tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+                for tokenizer in (receiver_tokenizer, sharer_tokenizer)
+            )
+            spans, sharer_spans = receiver["offset_mapping"], sharer["offset_mapping"]
+            alignment = align_spans(spans, sharer_spans, [(0, 0, len(text))])
+            exact += sum(tuple(spans[i]) == tuple(sharer_spans[p]) for i, p in enumerate(alignment) if p >= 0)
+            aligned += int((alignment >= 0).sum())
+            kept = [sharer["input_ids"][p] for p in sorted(set(alignment[alignment >= 0].tolist()))]
         else:
             mapped = ids if table is None else table[torch.tensor(ids, dtype=torch.long)].tolist()
             kept = [i for i in mapped if i >= 0]
             aligned += len(kept)
-            ours = decode_each(receiver_tokenizer, [i for i, m in zip(ids, mapped, strict=True) if m >= 0])
-            exact += sum(a == b for a, b in zip(ours, decode_each(sharer_tokenizer, kept), strict=True))
+            texts_aligned = decode_each(receiver_tokenizer, [i for i, m in zip(ids, mapped, strict=True) if m >= 0])
+            exact += sum(a == b for a, b in zip(texts_aligned, decode_each(sharer_tokenizer, kept), strict=True))
         positions += len(ids)
         remapped.append(str(sharer_tokenizer.decode(kept, clean_up_tokenization_spaces=False)))
         lost += (Counter(text) - Counter(remapped[-1])).total()

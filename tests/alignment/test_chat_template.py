@@ -1,13 +1,14 @@
-"""Chats: where contents stand in them, and the reference's way to align them."""
+"""Chats: positions of the contents, rendering for a sharer, and the reference's alignment."""
 
 import json
 from pathlib import Path
 
 import pytest
+from reference_chat import reference_chat_alignment
 from tokenizers_for_tests import CHAT_TEMPLATE, TURN_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer
 from transformers import AutoTokenizer
 
-from c2c_hf.alignment.chat_template import chat_segments, locate_contents, reference_chat_alignment
+from c2c_hf.alignment.chat_template import chat_segments, locate_contents
 from c2c_hf.alignment.token_table import build_token_table
 
 REFERENCE = Path(__file__).parents[1] / "data" / "alignment" / "alignment.json"
@@ -56,7 +57,7 @@ def test_content_a_template_drops_or_cuts() -> None:
     spans = locate_contents(contents, text, render)
     assert spans[0] is None
     assert text[spans[1][0] :].startswith("assistant[assistant]user[user]more")
-    # "user" stands twice in the third content, so nothing is claimed about it.
+    # "user" is twice in the third content: its position is ambiguous.
     assert spans[2] is None
     assert spans[3] == (len(text) - 4, 0, 4)
     contents[2] = "<think>hm</think>yes"
@@ -65,7 +66,7 @@ def test_content_a_template_drops_or_cuts() -> None:
     assert text[start : start + last - first] == contents[2][first:last] == "yes"
 
 
-def test_chat_segments_share_what_both_sides_show() -> None:
+def test_chat_segments_are_the_characters_on_both_sides() -> None:
     assert chat_segments([(10, 0, 8), None, (30, 2, 5)], [(4, 2, 7), (9, 0, 3), (50, 0, 5)]) == [
         (12, 4, 5),
         (30, 52, 3),
@@ -81,7 +82,7 @@ def test_reference_chat_pads_template_sections() -> None:
     assert len(chat.receiver_ids) == len(chat.sharer_ids) == chat.sections[-1][2]
     kept = [i for i, pad in zip(chat.receiver_ids, chat.receiver_pad, strict=True) if not pad]
     assert kept == receiver.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    with pytest.raises(ValueError, match=r"`messages\[0\]` does not stand"):
+    with pytest.raises(ValueError, match=r"`messages\[0\]` is not in the rendered chat"):
         reference_chat_alignment(receiver, sharer, messages, table, sharer_chat_template="{{ bos_token }}")
 
 

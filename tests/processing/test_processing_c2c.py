@@ -2,47 +2,54 @@
 
 import pytest
 import torch
-from processor_for_tests import CHAT, NAMES, TEXTS, processor, sharer
+from processor_for_tests import CHAT, NAMES, TEXTS, processor, sharer_tokenizer
 from tokenizers_for_tests import CHAT_TEMPLATE, TURN_TEMPLATE, byte_level_tokenizer
 
 from c2c_hf import C2CProcessor
 
 
-def read_texts(p: C2CProcessor, batch: dict, row: int = 0) -> list[tuple[str, str]]:
-    """Text of each receiver token and of the sharer token it reads, by id."""
+def aligned_texts(p: C2CProcessor, batch: dict, row: int = 0) -> list[tuple[str, str]]:
+    """Text of each receiver token that is aligned, and of its sharer token."""
     pairs = []
     for i, position in enumerate(batch["sharer_alignment"][row].tolist()):
         if position >= 0:
             assert batch["attention_mask"][row, i] == 1
             assert batch["sharer_attention_mask"][row, position] == 1
-            theirs = int(batch["sharer_input_ids"][row, position])
-            ours = int(batch["input_ids"][row, i])
-            pairs.append((p.tokenizer.decode([ours]), p.sharer_tokenizers[0].decode([theirs])))
+            token, sharer_token = batch["input_ids"][row, i], batch["sharer_input_ids"][row, position]
+            pairs.append((p.tokenizer.decode([token]), p.sharer_tokenizers[0].decode([sharer_token])))
     return pairs
 
 
 @pytest.mark.parametrize("alignment", ["span", "first", "longest"])
-def test_each_row_equals_the_row_alone(alignment: str) -> None:
+def test_each_row_equals_a_batch_of_that_row(alignment: str) -> None:
     p = processor(alignment)
     batch = p(TEXTS)
     assert list(batch) == NAMES
     assert all(value.dtype == torch.int64 for value in batch.values())
     for row, text in enumerate(TEXTS):
-        alone = p(text)
-        ours, theirs = batch["attention_mask"][row].bool(), batch["sharer_attention_mask"][row].bool()
-        assert torch.equal(batch["input_ids"][row][ours], alone["input_ids"][0])
-        assert ours.tolist() == sorted(ours.tolist())
-        own = alone["sharer_attention_mask"][0].bool()
-        assert torch.equal(batch["sharer_input_ids"][row][theirs], alone["sharer_input_ids"][0][own])
-        shift = batch["sharer_input_ids"].shape[1] - alone["sharer_input_ids"].shape[1]
-        expected = alone["sharer_alignment"][0]
-        assert torch.equal(batch["sharer_alignment"][row][ours], torch.where(expected < 0, -1, expected + shift))
-        assert (batch["sharer_alignment"][row][~ours] == -1).all()
-        assert batch["sharer_alignment"][row, -1] == -1
+        single = p(text)
+        mask, sharer_mask = batch["attention_mask"][row].bool(), batch["sharer_attention_mask"][row].bool()
+        assert torch.equal(batch["input_ids"][row][mask], single["input_ids"][0])
+        assert mask.tolist() == sorted(mask.tolist())
+        single_mask = single["sharer_attention_mask"][0].bool()
+        assert torch.equal(batch["sharer_input_ids"][row][sharer_mask], single["sharer_input_ids"][0][single_mask])
+        shift = batch["sharer_input_ids"].shape[1] - single["sharer_input_ids"].shape[1]
+        expected = single["sharer_alignment"][0]
+        assert torch.equal(batch["sharer_alignment"][row][mask], torch.where(expected < 0, -1, expected + shift))
+        assert (batch["sharer_alignment"][row][~mask] == -1).all()
+
+
+@pytest.mark.parametrize("alignment", ["span", "first", "longest", "identity"])
+def test_the_last_prompt_token_is_never_aligned(alignment: str) -> None:
+    sharer = byte_level_tokenizer() if alignment == "identity" else sharer_tokenizer()
+    p = C2CProcessor(byte_level_tokenizer(), sharer, alignment)
+    for batch in (p(TEXTS), p("x"), p(TEXTS, pad_to_multiple_of=16), p.apply_chat_template([CHAT, CHAT[3:]])):
+        assert (batch["sharer_alignment"][:, -1] == -1).all()
+    assert (p(TEXTS)["sharer_alignment"][:2, -2] >= 0).any()
 
 
 @pytest.mark.parametrize("alignment", ["span", "first", "longest"])
-def test_bos_stands_once_and_in_front(alignment: str) -> None:
+def test_one_bos_in_front(alignment: str) -> None:
     p = processor(alignment)
     bos = p.sharer_tokenizers[0].bos_token_id
     for batch in (p(TEXTS), p.apply_chat_template([CHAT, CHAT[3:]])):
@@ -53,7 +60,7 @@ def test_bos_stands_once_and_in_front(alignment: str) -> None:
     assert not ((off["sharer_input_ids"] == bos) & off["sharer_attention_mask"].bool()).any()
 
 
-def test_templates_and_texts_that_write_bos_get_one() -> None:
+def test_one_bos_where_templates_and_texts_write_it() -> None:
     p = processor("span", chat_template=TURN_TEMPLATE)
     bos = p.sharer_tokenizers[0].bos_token_id
     assert (p.apply_chat_template(CHAT)["sharer_input_ids"] == bos).sum() == 1
@@ -62,11 +69,11 @@ def test_templates_and_texts_that_write_bos_get_one() -> None:
     assert (p("<bos>hello")["sharer_input_ids"] == bos).sum() == 1
 
 
-def test_span_reads_the_same_text() -> None:
+def test_span_aligns_the_same_text() -> None:
     p = processor("span")
-    pairs = read_texts(p, p("The keeper counted the ships before breakfast"))
+    pairs = aligned_texts(p, p("The keeper counted the ships before breakfast"))
     assert (" keeper", " keeper") in pairs and (" the", " the") in pairs
-    assert "sharer_alignment" in p("x") and read_texts(p, p("x")) == []
+    assert "sharer_alignment" in p("x") and aligned_texts(p, p("x")) == []
 
 
 def test_identity_is_the_default_for_one_vocabulary() -> None:
@@ -82,7 +89,7 @@ def test_identity_is_the_default_for_one_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("template", [None, TURN_TEMPLATE, CHAT_TEMPLATE])
-def test_chat_reads_contents_and_never_the_template(template: str | None) -> None:
+def test_chats_align_contents_and_never_the_template(template: str | None) -> None:
     p = processor("span", chat_template=template)
     batch = p.apply_chat_template(CHAT)
     ids = batch["input_ids"][0].tolist()
@@ -97,37 +104,37 @@ def test_chat_reads_contents_and_never_the_template(template: str | None) -> Non
         position = rendered.index(f"<|im_start|>{message['role']}\n", position) + len(message["role"]) + 13
         start = position + message["content"].index(content)
         expected.update(range(start, start + len(content)))
-    for (start, end), read in zip(offsets, batch["sharer_alignment"][0].tolist(), strict=True):
-        assert (read >= 0) == (end > start and end - 1 in expected)
-    # The last user message "user" reads the sharer's last content, not a role's name.
+    for (start, end), position in zip(offsets, batch["sharer_alignment"][0].tolist(), strict=True):
+        assert (position >= 0) == (end > start and end - 1 in expected)
+    # The last user message "user" is aligned with the sharer's last content, not with a role's name.
     last = batch["sharer_alignment"].max()
     tail = p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0, last:])
     assert p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0, : last + 1]).endswith("user")
     assert "<turn>user" not in tail and "im_start|>user" not in tail
 
 
-def test_context_is_for_the_sharer_alone() -> None:
+def test_only_the_sharer_sees_the_context() -> None:
     p = processor("span")
     plain, batch = p(TEXTS), p(TEXTS, sharer_context=["naïve café", "", "def fib(n):"])
     assert torch.equal(plain["input_ids"], batch["input_ids"])
     assert torch.equal(plain["sharer_alignment"] >= 0, batch["sharer_alignment"] >= 0)
-    seen = p.sharer_tokenizers[0].batch_decode(batch["sharer_input_ids"], skip_special_tokens=True)
-    assert seen == ["naïve café\n\n" + TEXTS[0], TEXTS[1], "def fib(n):\n\nx"]
-    assert read_texts(p, plain, 1) == read_texts(p, batch, 1)
+    sharer_texts = p.sharer_tokenizers[0].batch_decode(batch["sharer_input_ids"], skip_special_tokens=True)
+    assert sharer_texts == ["naïve café\n\n" + TEXTS[0], TEXTS[1], "def fib(n):\n\nx"]
+    assert aligned_texts(p, plain, 1) == aligned_texts(p, batch, 1)
 
 
 @pytest.mark.parametrize("template", [None, TURN_TEMPLATE])
-def test_context_stands_before_the_first_user_message(template: str | None) -> None:
+def test_context_is_in_front_of_the_first_user_message(template: str | None) -> None:
     p = processor("span", chat_template=template)
     plain, batch = p.apply_chat_template(CHAT), p.apply_chat_template(CHAT, sharer_context="The user asked")
-    seen = p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0])
+    sharer_text = p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0])
     if template is None:
-        assert seen.startswith("<bos>The user asked\n\nassistant\n")
+        assert sharer_text.startswith("<bos>The user asked\n\nassistant\n")
     else:
-        assert "user\nThe user asked\n\n What is the capital" in seen
+        assert "user\nThe user asked\n\n What is the capital" in sharer_text
     start = p.sharer_tokenizers[0].decode(batch["sharer_input_ids"][0, : int(batch["sharer_alignment"].max()) + 1])
     assert start.endswith("user")
-    assert [pair[1] for pair in read_texts(p, plain)][-1] == [pair[1] for pair in read_texts(p, batch)][-1]
+    assert [pair[1] for pair in aligned_texts(p, plain)][-1] == [pair[1] for pair in aligned_texts(p, batch)][-1]
 
 
 def test_content_parts_and_continued_answers() -> None:
@@ -162,9 +169,9 @@ def test_truncation_keeps_the_alignment_right(side: str) -> None:
     full, batch = p(text), p(text, truncation=True, max_length=6)
     assert batch["input_ids"].shape == (1, 6) and batch["sharer_input_ids"].shape == (1, 6)
     assert batch["sharer_input_ids"][0, 0] == p.sharer_tokenizers[0].bos_token_id
-    pairs = read_texts(p, batch)
-    assert pairs and set(pairs) <= set(read_texts(p, full))
-    assert pairs[0] == ("The", "e") or side == "left" or pairs[0] in read_texts(p, full)[:1]
+    pairs = aligned_texts(p, batch)
+    assert pairs and set(pairs) <= set(aligned_texts(p, full))
+    assert pairs[0] == ("The", "e") or side == "left" or pairs[0] in aligned_texts(p, full)[:1]
     assert p.sharer_tokenizers[0].truncation_side == "right"
     chat = p.apply_chat_template(CHAT, truncation=True, max_length=8)
     assert chat["input_ids"].shape[1] == 8 and chat["sharer_input_ids"].shape[1] <= 8
@@ -186,7 +193,7 @@ def test_padding_and_return_types() -> None:
     assert p.batch_decode(p(TEXTS)["input_ids"], skip_special_tokens=True) == TEXTS
     receiver = byte_level_tokenizer()
     receiver.pad_token = None
-    padded = C2CProcessor(receiver, [sharer()])(TEXTS)
+    padded = C2CProcessor(receiver, [sharer_tokenizer()])(TEXTS)
     assert padded["input_ids"][0, 0] == receiver.eos_token_id
     assert receiver.pad_token is None
 
@@ -219,21 +226,21 @@ def test_widths_rounded_up_to_a_multiple(alignment: str) -> None:
 
 
 def test_several_sharers() -> None:
-    sharers = [sharer(), byte_level_tokenizer(), sharer(prefix_space=True)]
+    sharers = [sharer_tokenizer(), byte_level_tokenizer(), sharer_tokenizer(prefix_space=True)]
     p = C2CProcessor.from_receiver_and_sharers(byte_level_tokenizer(), sharers, ["span", "identity", "first"])
     assert [table is None for table in p.token_tables] == [True, True, False]
     assert p.token_tables is p.token_tables
     for batch in (p(TEXTS), p.apply_chat_template(CHAT)):
         assert list(batch) == NAMES
         assert all(len(batch[name]) == 3 for name in NAMES[2:])
-        one = C2CProcessor(p.tokenizer, sharers[2], "first")
-        alone = one(TEXTS) if len(batch["input_ids"]) > 1 else one.apply_chat_template(CHAT)
+        one_sharer = C2CProcessor(p.tokenizer, sharers[2], "first")
+        expected = one_sharer(TEXTS) if len(batch["input_ids"]) > 1 else one_sharer.apply_chat_template(CHAT)
         for name in NAMES[2:]:
-            assert torch.equal(batch[name][2], alone[name])
+            assert torch.equal(batch[name][2], expected[name])
         moved = batch.to("meta")
         assert all(tensor.device.type == "meta" for name in NAMES[2:] for tensor in moved[name])
     assert C2CProcessor(p.tokenizer, sharers).token_alignments == ["span", "identity", "span"]
-    with pytest.raises(ValueError, match="names 2 alignments for 3 sharers"):
+    with pytest.raises(ValueError, match=r"`token_alignment` must be one value, or one per sharer \(3\)"):
         C2CProcessor(p.tokenizer, sharers, ["span", "span"])
 
 
@@ -245,22 +252,27 @@ def test_empty_inputs() -> None:
         p([])
     with pytest.raises(ValueError, match="`conversation` is empty"):
         p.apply_chat_template([])
-    # A receiver that writes BOS has one token, which predicts the answer and never fuses.
-    reverse = C2CProcessor(sharer(), byte_level_tokenizer())
+    # The BOS is the receiver's only token; it predicts the answer and is never aligned.
+    reverse = C2CProcessor(sharer_tokenizer(), byte_level_tokenizer())
     batch = reverse(["", "hello ships"])
     assert batch["attention_mask"][0].sum() == 1 and batch["sharer_attention_mask"][0].sum() == 0
     assert (batch["sharer_alignment"][0] == -1).all() and (batch["sharer_alignment"][1] >= 0).any()
     assert reverse("")["sharer_input_ids"].shape == (1, 1)
     for alignment in ("first", "longest"):
-        assert (C2CProcessor(sharer(), byte_level_tokenizer(), alignment)("")["sharer_alignment"] == -1).all()
+        assert (
+            C2CProcessor(sharer_tokenizer(), byte_level_tokenizer(), alignment)("")["sharer_alignment"] == -1
+        ).all()
 
 
 def test_errors_name_the_argument() -> None:
     receiver = byte_level_tokenizer()
-    with pytest.raises(ValueError, match="`token_alignment='identity'` needs one vocabulary.*use 'span'"):
-        C2CProcessor(receiver, sharer(), "identity")
-    with pytest.raises(ValueError, match="must be one of 'identity', 'first', 'longest', 'span', got 'near'"):
-        C2CProcessor(receiver, sharer(), "near")
+    with pytest.raises(
+        ValueError,
+        match="`token_alignment='identity'` needs receiver and sharer to have the same vocabulary.*use 'span'",
+    ):
+        C2CProcessor(receiver, sharer_tokenizer(), "identity")
+    with pytest.raises(ValueError, match=r"must be one of \['identity', 'first', 'longest', 'span'\], but got 'near'"):
+        C2CProcessor(receiver, sharer_tokenizer(), "near")
     with pytest.raises(ValueError, match="`sharer_tokenizers` is empty"):
         C2CProcessor(receiver, [])
     with pytest.raises(TypeError, match="`sharer_tokenizers` must hold tokenizers, got str"):
@@ -269,14 +281,14 @@ def test_errors_name_the_argument() -> None:
         processor("first")("x", sharer_context="y")
     with pytest.raises(ValueError, match="`sharer_context` has 1 entries for 2"):
         processor("span")(["x", "y"], sharer_context=["z"])
-    with pytest.raises(ValueError, match="`sharer_kwargs` has 2 entries for 1 sharers"):
-        C2CProcessor.from_receiver_and_sharers(receiver, sharer(), sharer_kwargs=[{}, {}])
+    with pytest.raises(ValueError, match=r"`sharer_kwargs` must be one value, or one per sharer \(1\)"):
+        C2CProcessor.from_receiver_and_sharers(receiver, sharer_tokenizer(), sharer_kwargs=[{}, {}])
     with pytest.raises(ValueError, match="`text` must be a string or a list"):
         processor("span")([1])
 
 
-def test_a_slow_tokenizer_has_no_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = sharer()
+def test_span_refuses_a_slow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = sharer_tokenizer()
     monkeypatch.setattr(type(slow), "is_fast", property(lambda self: self is not slow))
     with pytest.raises(ValueError, match="follows character offsets, which the slow tokenizer"):
         C2CProcessor(byte_level_tokenizer(), slow, "span")

@@ -1,4 +1,4 @@
-"""`C2CPreTrainedProcessor`: saving, loading and what an interrupted save leaves."""
+"""`C2CProcessor`: saving, loading, and what an interrupted save leaves."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from processor_for_tests import CHAT, NAMES, TEXTS, processor, sharer
+from processor_for_tests import CHAT, NAMES, TEXTS, processor, sharer_tokenizer
 from tokenizers_for_tests import CHAT_TEMPLATE, TURN_TEMPLATE, byte_level_tokenizer
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GPT2Config, PreTrainedConfig
 
@@ -20,7 +20,7 @@ class _Config(PreTrainedConfig):
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    sharers = [sharer(chat_template=TURN_TEMPLATE), sharer(prefix_space=True)]
+    sharers = [sharer_tokenizer(chat_template=TURN_TEMPLATE), sharer_tokenizer(prefix_space=True)]
     p = C2CProcessor(byte_level_tokenizer(), sharers, ["span", "longest"], add_sharer_bos=False)
     p.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "processor_config.json").read_text())["num_sharers"] == 2
@@ -56,11 +56,13 @@ def fail(*args: object, **kwargs: object) -> None:
     raise OSError("No space left on device")
 
 
-def test_interrupted_save_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    C2CProcessor(byte_level_tokenizer(), [sharer(), sharer(), sharer()]).save_pretrained(tmp_path)
+    C2CProcessor(byte_level_tokenizer(), [sharer_tokenizer(), sharer_tokenizer(), sharer_tokenizer()]).save_pretrained(
+        tmp_path
+    )
     before = contents(tmp_path)
-    other = C2CProcessor(byte_level_tokenizer(300), [sharer(), sharer(vocab_size=500)], "first")
+    other = C2CProcessor(byte_level_tokenizer(300), [sharer_tokenizer(), sharer_tokenizer(vocab_size=500)], "first")
     with monkeypatch.context() as patch:
         patch.setattr(other.sharer_tokenizers[1], "save_pretrained", fail)
         with pytest.raises(OSError, match="No space left"):
@@ -71,9 +73,11 @@ def test_interrupted_save_leaves_what_stood_there(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("failing", range(1, 14))
 def test_a_move_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    C2CProcessor(byte_level_tokenizer(), [sharer(), sharer(), sharer()]).save_pretrained(tmp_path)
+    C2CProcessor(byte_level_tokenizer(), [sharer_tokenizer(), sharer_tokenizer(), sharer_tokenizer()]).save_pretrained(
+        tmp_path
+    )
     before = contents(tmp_path)
-    other = C2CProcessor(byte_level_tokenizer(300), [sharer(), sharer(vocab_size=500)], "first")
+    other = C2CProcessor(byte_level_tokenizer(300), [sharer_tokenizer(), sharer_tokenizer(vocab_size=500)], "first")
     # Seven files and folders go, then six come.
     replace, moves = os.replace, []
 
@@ -84,7 +88,7 @@ def test_a_move_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyP
         replace(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr("c2c_hf.pretrained_processor.os.replace", replace_or_fail)
+        patch.setattr("c2c_hf._files.os.replace", replace_or_fail)
         with pytest.raises(OSError, match="No space left"):
             other.save_pretrained(tmp_path)
     assert contents(tmp_path) == before
@@ -100,7 +104,7 @@ def test_configuration_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
         moves.append(place)
         replace(source, place)
 
-    monkeypatch.setattr("c2c_hf.pretrained_processor.os.replace", record)
+    monkeypatch.setattr("c2c_hf._files.os.replace", record)
     processor("span").save_pretrained(tmp_path)
     assert moves[-1] == tmp_path / "processor_config.json"
     assert {place.name for place in moves} == {path.name for path in tmp_path.iterdir()}
@@ -110,11 +114,15 @@ def test_saving_over(tmp_path: Path) -> None:
     others = {"config.json": b"{}", "model.safetensors": b"weights", "sharer_notes.txt": b"mine"}
     for name, content in others.items():
         (tmp_path / name).write_bytes(content)
-    three = [sharer(chat_template=TURN_TEMPLATE), byte_level_tokenizer(), sharer(prefix_space=True)]
+    three = [
+        sharer_tokenizer(chat_template=TURN_TEMPLATE),
+        byte_level_tokenizer(),
+        sharer_tokenizer(prefix_space=True),
+    ]
     C2CProcessor(byte_level_tokenizer(), three).save_pretrained(tmp_path)
     assert (tmp_path / "sharer_2").is_dir()
     # The receiver has no chat template now: the old one must not come back.
-    p = C2CProcessor(byte_level_tokenizer(300, chat_template=None), [sharer(vocab_size=500)], "longest")
+    p = C2CProcessor(byte_level_tokenizer(300, chat_template=None), [sharer_tokenizer(vocab_size=500)], "longest")
     assert p.save_pretrained(str(tmp_path)) == [str(tmp_path / "processor_config.json")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [*others, "processor_config.json", "sharer_0", "tokenizer.json", "tokenizer_config.json"]
@@ -161,7 +169,11 @@ def test_auto_classes_beside_a_model(tmp_path: Path) -> None:
     sharers = [SharerConfig(config=base, token_alignment=alignment) for alignment in alignments]
     config = C2CConfig(receiver_config=base, sharers=sharers)
     config.save_pretrained(tmp_path)
-    p = C2CProcessor(byte_level_tokenizer(), [sharer(), sharer(), byte_level_tokenizer()], config.token_alignments)
+    p = C2CProcessor(
+        byte_level_tokenizer(),
+        [sharer_tokenizer(), sharer_tokenizer(), byte_level_tokenizer()],
+        config.token_alignments,
+    )
     p.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is C2CProcessor
