@@ -79,9 +79,9 @@ def fit_ridge(
     Raises:
         ValueError: Not in memory mode, or too few texts.
     """
-    if model.config.mode != "memory":
+    fuser = model.fuser[sharer_index]
+    if model.config.mode != "memory" or not isinstance(fuser, MemoryFuser):
         raise ValueError(f"`fit_ridge` needs `mode='memory'`, but the model has {model.config.mode!r}.")
-    fuser: MemoryFuser = model.fuser[sharer_index]
     fuser.sharer_scales.fill_(1.0)
     sums = _LayerSums(fuser)
     period, num_held_out, num_tokens = max(2, round(1 / held_out_share)), 0, 0
@@ -133,15 +133,16 @@ class _LayerSums:
 
     def __init__(self, fuser: MemoryFuser) -> None:
         self._fuser, device = fuser, fuser.sharer_scales.device
-        self._first_layers = {tuple(sources): layer_idx for layer_idx, sources in enumerate(fuser.sources)}
+        # Any receiver layer stands for all with the same sharer layers.
+        self._layer_of = {tuple(sources): layer_idx for layer_idx, sources in enumerate(fuser.sources)}
         widths = {
             sources: sum(fuser.entry_widths[entry] for entry in fuser.entries(layer_idx))
-            for sources, layer_idx in self._first_layers.items()
+            for sources, layer_idx in self._layer_of.items()
         }
         self.features = {sources: TokenSums.zeros(width, width, device) for sources, width in widths.items()}
         self.layers = [
-            TokenSums.zeros(widths[tuple(sources)], heads * (key_dim + value_dim), device)
-            for sources, (heads, key_dim, value_dim) in zip(fuser.sources, fuser.receiver_shapes, strict=True)
+            TokenSums.zeros(widths[tuple(layer)], heads * (key_dim + value_dim), device)
+            for layer, (heads, key_dim, value_dim) in zip(fuser.sources, fuser.receiver_shapes, strict=True)
         ]
 
     def add(self, chunk: Sequence[AlignedStates]) -> None:
@@ -152,8 +153,8 @@ class _LayerSums:
         features, layers = self._split(AlignedStates(sharer_entries, receiver_entries))
         for sources, sums in self.features.items():
             sums.add(features[sources], features[sources])
-        for sums, states, sources in zip(self.layers, layers, self._fuser.sources, strict=True):
-            sums.add(states, features[tuple(sources)])
+        for sums, states, own_sources in zip(self.layers, layers, self._fuser.sources, strict=True):
+            sums.add(states, features[tuple(own_sources)])
 
     def hold_out(self, states: AlignedStates) -> None:
         """Keep tokens by which the maps are evaluated."""
@@ -164,10 +165,10 @@ class _LayerSums:
             sums.held_out.append(layer)
 
     def _split(self, states: AlignedStates) -> tuple[dict[tuple[int, ...], torch.Tensor], list[torch.Tensor]]:
-        """Return the features by sharer layers, and keys and values of each receiver layer side by side, in float32."""
+        """Return the features by sharer layers and, side by side, keys and values of each receiver layer; float32."""
         features = {
             sources: self._fuser.features(states.sharer, layer_idx).float()
-            for sources, layer_idx in self._first_layers.items()
+            for sources, layer_idx in self._layer_of.items()
         }
         num_layers = len(states.receiver) // 2
         layers = [

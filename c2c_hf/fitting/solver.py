@@ -1,22 +1,22 @@
-"""Sums over tokens -> the maps of a memory fuser: ridge regression, of full rank or through a bottleneck."""
+"""Solves for the maps of a memory fuser: ridge regression from sums over tokens, of full rank or reduced rank."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers.utils.logging import tqdm
 
 from ..fusers.memory import MemoryFuser
 
-#: Directions that the search for a bottleneck follows beyond those that it keeps, and its rounds.
-_OVERSAMPLING, _ROUNDS = 64, 4
+#: Singular vectors that the randomized decomposition computes beyond those that are kept, and its power iterations.
+_OVERSAMPLING, _ITERATIONS = 64, 4
 
 
 @dataclass
 class RidgeReport:
-    """How well the receiver's states are predicted, on tokens that were held out.
+    """How well the receiver's states are predicted, on held-out tokens.
 
     Attributes:
         num_tokens: Number of tokens fitted on.
@@ -24,10 +24,11 @@ class RidgeReport:
         r2_keys: Per receiver layer the share of the variance of its keys (free of position) that is explained.
         r2_values: The same of its values.
         alphas: Per receiver layer the penalty chosen, relative to the mean variance of the features.
-        spread_keys: Per receiver layer the standard deviation of its keys over that of the predicted ones.
-        spread_values: The same of its values.
-        means: Per receiver layer the mean of its keys and values, side by side, as the fuser's maps make them.
-        stretch: The power of these spreads by which the maps were stretched, see [`~stretching.stretch_maps`].
+        std_ratio_keys: Per receiver layer the standard deviation of its keys over that of the predicted ones.
+        std_ratio_values: The same of its values.
+        means: Per receiver layer the mean of its keys and values, side by side, in the units of the fuser's maps.
+        variance_scale: The power of these ratios by which the maps are scaled, see
+            [`~fitting.variance_scaling.scale_variance`]. 0: they are not.
     """
 
     num_tokens: int
@@ -35,48 +36,66 @@ class RidgeReport:
     r2_keys: list[float]
     r2_values: list[float]
     alphas: list[float]
-    spread_keys: list[float]
-    spread_values: list[float]
+    std_ratio_keys: list[float]
+    std_ratio_values: list[float]
     means: list[torch.Tensor]
-    stretch: float = 0.0
+    variance_scale: float = 0.0
 
 
 @dataclass
-class Sums:
-    """Sums over features or targets, and what is held out of them; their size does not depend on the tokens read."""
+class TokenSums:
+    """Sums over tokens, whose size does not depend on the number of tokens, and the held-out tokens.
 
-    total: Any = 0.0
-    products: Any = 0.0
-    held: list[torch.Tensor] = field(default_factory=list)
+    Attributes:
+        total: `(width,)`, float64, the sum of the states.
+        products: `(in_features, width)`, float64, the sum of the products of features and states.
+        held_out: States of held-out tokens, `(num_tokens, width)` each.
+    """
 
-    def add(self, own: torch.Tensor, features: torch.Tensor) -> None:
-        """Add tokens: their sum, and the products with the features."""
-        # Products of a few thousand tokens in float32, sums in float64, which are too large to be copied each time.
-        product = features.T @ own
-        self.total = self.total + own.double().sum(0)
-        self.products = product.double() if isinstance(self.products, float) else self.products.add_(product)
+    total: torch.Tensor
+    products: torch.Tensor
+    held_out: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def zeros(cls, in_features: int, width: int, device: torch.device) -> "TokenSums":
+        """Return the sums over no token."""
+        total, products = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((width,), (in_features, width))
+        )
+        return cls(total, products)
+
+    def add(self, states: torch.Tensor, features: torch.Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            states: `(num_tokens, width)`, float32.
+            features: `(num_tokens, in_features)`, float32.
+        """
+        # Products of a few thousand tokens in float32, sums in float64.
+        self.total += states.double().sum(0)
+        self.products += features.T @ states
 
 
 class _Quality(NamedTuple):
-    """How well a layer's states are predicted: R2, and how much more they vary than what is predicted."""
+    """How well a layer's states are predicted: R2, and the ratio of their standard deviation to the predicted one."""
 
     r2_keys: float
     r2_values: float
-    spread_keys: float
-    spread_values: float
+    std_ratio_keys: float
+    std_ratio_values: float
 
 
 class _Solution(NamedTuple):
     """Maps from features to receiver layers, all of unit size.
 
     Attributes:
-        error: On the tokens held out.
+        error: Squared error on the held-out tokens.
         alpha: The penalty.
-        down: `(in_features, rank)`, or `None` for a full rank.
+        down: `(in_features, rank)`, or `None` for full rank.
         weight: `(rank or in_features, out_features of all layers)`.
         bias: `(out_features of all layers,)`.
         mean: `(out_features of all layers,)`, of the states.
-        quality: Per layer, on the tokens held out.
+        quality: Per layer, on the held-out tokens.
     """
 
     error: float
@@ -90,49 +109,50 @@ class _Solution(NamedTuple):
 
 def solve_maps(
     fuser: MemoryFuser,
-    windows: Mapping[tuple[int, ...], Sums],
-    layers: Sequence[Sums],
+    features: Mapping[tuple[int, ...], TokenSums],
+    layers: Sequence[TokenSums],
     num_tokens: int,
     num_held_out: int,
     alphas: Sequence[float],
     progress: bool,
 ) -> RidgeReport:
-    """Write the maps into a fuser.
+    """Solve for the maps of a fuser and write them into it.
 
     Args:
         fuser: Overwritten, its scales included.
-        windows: Per group of sharer layers the sums over its features.
+        features: Per tuple of sharer layers the sums over the features that they give.
         layers: Per receiver layer the sums over its states.
         num_tokens: Number of tokens that were summed up.
         num_held_out: Number of those held out.
-        alphas: Penalties to choose among, see [`~ridge.fit_ridge`].
+        alphas: Penalties to choose among, see [`~fitting.ridge.fit_ridge`].
         progress: Show a progress bar.
 
     Raises:
         ValueError: No penalty is large enough for as few tokens.
     """
-    count = len(layers)
+    num_layers = len(layers)
     report = RidgeReport(
         num_tokens,
         num_held_out,
-        r2_keys=[0.0] * count,
-        r2_values=[0.0] * count,
-        alphas=[0.0] * count,
-        spread_keys=[1.0] * count,
-        spread_values=[1.0] * count,
-        means=[torch.empty(0)] * count,
+        r2_keys=[0.0] * num_layers,
+        r2_values=[0.0] * num_layers,
+        alphas=[0.0] * num_layers,
+        std_ratio_keys=[1.0] * num_layers,
+        std_ratio_values=[1.0] * num_layers,
+        means=[torch.empty(0)] * num_layers,
     )
+    scales = fuser.receiver_scales
     for layer_idx, layer in enumerate(layers):
         heads, key_dim, _ = fuser.receiver_shapes[layer_idx]
-        keys, values = torch.cat(layer.held).double().var(0).tensor_split([heads * key_dim])
-        fuser.receiver_scales[layer_idx], fuser.receiver_scales[count + layer_idx] = map(_typical_size, (keys, values))
-    with tqdm(total=count, desc="Solving", unit="layer", disable=not progress) as bar:
-        for sources, window in windows.items():
-            mine = [layer_idx for layer_idx, own in enumerate(fuser.sources) if tuple(own) == sources]
-            # One bottleneck serves all layers, so that they are solved for together.
-            together = [mine] if fuser.down_proj is not None else [[layer_idx] for layer_idx in mine]
-            best = _solve_window(fuser, window, layers, together, num_tokens, alphas)
-            for layer_indices, solution in zip(together, best, strict=True):
+        keys, values = torch.cat(layer.held_out).double().var(0).tensor_split([heads * key_dim])
+        scales[layer_idx], scales[num_layers + layer_idx] = _typical_size(keys), _typical_size(values)
+    with tqdm(total=num_layers, desc="Solving", unit="layer", disable=not progress) as bar:
+        for sources, sums in features.items():
+            own_layers = [layer_idx for layer_idx, own in enumerate(fuser.sources) if tuple(own) == sources]
+            # Layers that share one bottleneck are solved for together.
+            together = [own_layers] if fuser.down_proj is not None else [[layer_idx] for layer_idx in own_layers]
+            solutions = _solve_layers(fuser, sums, layers, together, num_tokens, alphas)
+            for layer_indices, solution in zip(together, solutions, strict=True):
                 _write(fuser, layer_indices, solution, report)
                 bar.update(len(layer_indices))
     return report
@@ -144,55 +164,52 @@ def _typical_size(variances: torch.Tensor) -> float:
     return 2.0 ** round(math.log2(mean) / 2) if mean > 0 else 1.0
 
 
-def _solve_window(
+def _solve_layers(
     fuser: MemoryFuser,
-    window: Sums,
-    layers: Sequence[Sums],
+    features: TokenSums,
+    layers: Sequence[TokenSums],
     together: Sequence[Sequence[int]],
     num_tokens: int,
     alphas: Sequence[float],
 ) -> list[_Solution]:
-    """Solve for receiver layers that are made from the same features, with the best penalty of each."""
-    mean_x = window.total / num_tokens
+    """Solve for receiver layers of the same features, with the best penalty for each item of `together`."""
+    mean_x = features.total / num_tokens
     sizes_x = torch.ones_like(mean_x)
-    variances = window.products.diagonal() / num_tokens - mean_x.square()
+    variances = features.products.diagonal() / num_tokens - mean_x.square()
     entries = fuser.entries(together[0][0])
-    for entry, part, size in zip(
-        entries,
-        variances.split([fuser.entry_widths[entry] for entry in entries]),
-        sizes_x.split([fuser.entry_widths[entry] for entry in entries]),
-        strict=True,
-    ):
+    widths = [fuser.entry_widths[entry] for entry in entries]
+    for entry, part, size in zip(entries, variances.split(widths), sizes_x.split(widths), strict=True):
         size.fill_(_typical_size(part))
         fuser.sharer_scales[entry] = size[0]
     mean_x = mean_x / sizes_x
-    xx = window.products / sizes_x / sizes_x.unsqueeze(1) - num_tokens * torch.outer(mean_x, mean_x)
-    held_x = torch.cat(window.held).double() / sizes_x - mean_x
-    targets = [_Targets.of(fuser, layers, layer_indices, num_tokens) for layer_indices in together]
-    crossed = [y.products / sizes_x.unsqueeze(1) - num_tokens * torch.outer(mean_x, y.mean) for y in targets]
+    xx = features.products / sizes_x / sizes_x.unsqueeze(1) - num_tokens * torch.outer(mean_x, mean_x)
+    held_out_x = torch.cat(features.held_out).double() / sizes_x - mean_x
+    targets = [_Targets.of_layers(fuser, layers, layer_indices, num_tokens) for layer_indices in together]
+    products = [y.products / sizes_x.unsqueeze(1) - num_tokens * torch.outer(mean_x, y.mean) for y in targets]
     best: list[_Solution | None] = [None] * len(together)
     for alpha in alphas:
         penalty = alpha * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
         factor, failed = torch.linalg.cholesky_ex(xx + penalty)
         if int(failed):
             continue
-        for index, (y, xy) in enumerate(zip(targets, crossed, strict=True)):
+        for index, (y, xy) in enumerate(zip(targets, products, strict=True)):
             down, weight = _maps(factor, xy, y.rank, num_tokens)
-            predicted = held_x @ weight if down is None else held_x @ down @ weight
-            error, quality = y.judge(predicted)
+            predicted = held_out_x @ weight if down is None else held_out_x @ down @ weight
+            error, quality = y.evaluate(predicted)
             previous = best[index]
             if previous is None or error < previous.error:
                 bias = y.mean - (mean_x @ weight if down is None else mean_x @ down @ weight)
                 best[index] = _Solution(error, alpha, down, weight, bias, y.mean, quality)
-    if any(solution is None for solution in best):
+    solutions = [solution for solution in best if solution is not None]
+    if len(solutions) < len(best):
         raise ValueError(f"`alphas`: {list(alphas)} are all too small for {num_tokens} tokens; give larger ones.")
-    return [solution for solution in best if solution is not None]
+    return solutions
 
 
 def _maps(
     factor: torch.Tensor, xy: torch.Tensor, rank: int | None, num_tokens: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return bottleneck (hidden states of unit variance) and map; the bottleneck is `None` for a full rank."""
+    """Return bottleneck (hidden states of unit variance) and map; the bottleneck is `None` for full rank."""
     if rank is None:
         return None, torch.cholesky_solve(xy, factor)
     # Reduced-rank regression: in whitened features the best directions are the singular vectors of the map.
@@ -201,25 +218,34 @@ def _maps(
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         sketch = min(rank + _OVERSAMPLING, *whitened.shape)
-        left, sizes, right = torch.svd_lowrank(whitened, q=sketch, niter=_ROUNDS)
+        left, sizes, right = torch.svd_lowrank(whitened, q=sketch, niter=_ITERATIONS)
     rank = min(rank, sketch)
     down = torch.linalg.solve_triangular(factor.T, left[:, :rank], upper=True) * num_tokens**0.5
     return down, (right[:, :rank] * sizes[:rank]).T / num_tokens**0.5
 
 
 class _Targets(NamedTuple):
-    """States of receiver layers that are solved for together, of unit size, side by side."""
+    """States of receiver layers that are solved for together, of unit size, side by side.
+
+    Attributes:
+        products: `(in_features, out_features of all layers)`, sums of the products with the features.
+        mean: `(out_features of all layers,)`.
+        held_out: `(num_tokens, out_features of all layers)`, without their mean.
+        rank: Of the map. `None`: full.
+        widths: Of each layer's keys and values in turn.
+    """
 
     products: torch.Tensor
     mean: torch.Tensor
-    held: torch.Tensor
+    held_out: torch.Tensor
     rank: int | None
-    #: Widths of every layer's keys and values in turn.
     widths: list[int]
 
     @classmethod
-    def of(cls, fuser: MemoryFuser, layers: Sequence[Sums], layer_indices: Sequence[int], num_tokens: int) -> Any:
-        """Put the layers' sums side by side."""
+    def of_layers(
+        cls, fuser: MemoryFuser, layers: Sequence[TokenSums], layer_indices: Sequence[int], num_tokens: int
+    ) -> "_Targets":
+        """Put the sums of layers side by side."""
         widths, sizes = [], []
         for layer_idx in layer_indices:
             heads, key_dim, value_dim = fuser.receiver_shapes[layer_idx]
@@ -229,20 +255,21 @@ class _Targets(NamedTuple):
         size = torch.cat(sizes)
         total = torch.cat([layers[layer_idx].total for layer_idx in layer_indices])
         products = torch.cat([layers[layer_idx].products for layer_idx in layer_indices], dim=1)
-        held = torch.cat([torch.cat(layers[layer_idx].held) for layer_idx in layer_indices], dim=1).double()
+        held_out = torch.cat([torch.cat(layers[layer_idx].held_out) for layer_idx in layer_indices], dim=1).double()
         mean = total / num_tokens / size
         rank = fuser.bottleneck(layer_indices[0])
-        return cls(products / size, mean, held / size - mean, rank, widths)
+        return cls(products / size, mean, held_out / size - mean, rank, widths)
 
-    def judge(self, predicted: torch.Tensor) -> tuple[float, list[_Quality]]:
-        """Return the error on held out tokens, and per layer how well it is predicted."""
-        errors, totals, sizes = (
+    def evaluate(self, predicted: torch.Tensor) -> tuple[float, list[_Quality]]:
+        """Return the squared error on held-out tokens, and how well each layer is predicted."""
+        errors, variances, predicted_variances = (
             torch.stack([part.sum() for part in states.square().sum(0).split(self.widths)])
-            for states in (predicted - self.held, self.held, predicted)
+            for states in (predicted - self.held_out, self.held_out, predicted)
         )
-        # What does not vary cannot be stretched.
-        spreads = torch.where((sizes > 0) & (totals > 0), totals / sizes, 1.0).sqrt()
-        numbers = torch.cat([(1 - errors / totals).view(-1, 2), spreads.view(-1, 2)], dim=1)
+        # Constant states have no scale.
+        varies = (predicted_variances > 0) & (variances > 0)
+        std_ratios = torch.where(varies, variances / predicted_variances, 1.0).sqrt()
+        numbers = torch.cat([(1 - errors / variances).view(-1, 2), std_ratios.view(-1, 2)], dim=1)
         return float(errors.sum()), [_Quality(*layer) for layer in numbers.tolist()]
 
 
@@ -260,12 +287,12 @@ def _write(fuser: MemoryFuser, layer_indices: Sequence[int], solution: _Solution
         group.out_proj.weight[index].zero_()[:, : len(weight)].copy_(weight.T)
         group.out_proj.bias[index].copy_(bias)
         if solution.down is not None:
-            shared: Any = fuser.down_proj
-            own = shared.weight if group.down_proj is None else group.down_proj.weight[index]
-            own.zero_()[: len(weight)].copy_(solution.down.T)
+            down_weight = group.down_proj.weight[index] if fuser.down_proj is None else fuser.down_proj.weight
+            down_weight.zero_()[: len(weight)].copy_(solution.down.T)
         if group.residual is not None:
             for parameter in group.residual[-1].parameters():
                 parameter[index].zero_()
         report.r2_keys[layer_idx], report.r2_values[layer_idx] = quality.r2_keys, quality.r2_values
-        report.spread_keys[layer_idx], report.spread_values[layer_idx] = quality.spread_keys, quality.spread_values
+        report.std_ratio_keys[layer_idx] = quality.std_ratio_keys
+        report.std_ratio_values[layer_idx] = quality.std_ratio_values
         report.alphas[layer_idx], report.means[layer_idx] = solution.alpha, mean

@@ -1,4 +1,4 @@
-"""Stretching a memory fuser's maps, which least squares makes too flat."""
+"""Variance scaling of a memory fuser's maps: least squares predicts states that vary less than the receiver's own."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,30 +18,31 @@ POWERS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 
 
 @torch.no_grad()
-def stretch_maps(fuser: MemoryFuser, report: RidgeReport, power: float) -> None:
-    """Stretch what a fuser's maps make, away from its mean.
+def scale_variance(fuser: MemoryFuser, report: RidgeReport, power: float) -> None:
+    """Scale the output of a fuser's maps around its mean.
 
-    Least squares predicts states that vary less than the receiver's own do, and attention over them is flatter. With a
-    power of 1 they vary as much, layer by layer; answers get better still beyond that (`docs/experiments.md`).
+    Attention over states that vary less than the receiver's own is less concentrated. With a power of 1 they have the
+    receiver's variance, layer by layer; answers improve further beyond that (`docs/experiments.md`).
 
     Args:
-        fuser: As it was fitted; changed in place.
+        fuser: As fitted; changed in place.
         report: Of the fit.
-        power: Of the receiver's own spread over the predicted one, on the tokens held out; 0 changes nothing.
+        power: The scale of a layer is the ratio of the receiver's standard deviation to the predicted one, on the
+            held-out tokens, to this power. 0: nothing changes.
     """
     for group in fuser.groups:
         for index, layer_idx in enumerate(group.layers):
             heads, *dims = fuser.receiver_shapes[layer_idx]
-            spreads = zip((report.spread_keys[layer_idx], report.spread_values[layer_idx]), dims, strict=True)
-            factors = torch.cat([torch.full((heads * dim,), spread**power) for spread, dim in spreads])
+            ratios = zip((report.std_ratio_keys[layer_idx], report.std_ratio_values[layer_idx]), dims, strict=True)
+            scales = torch.cat([torch.full((heads * dim,), ratio**power) for ratio, dim in ratios])
             weight, bias = group.out_proj.weight[index], group.out_proj.bias[index]
-            factors, mean = factors.to(weight), report.means[layer_idx].to(bias)
-            weight.mul_(factors.unsqueeze(1))
-            bias.copy_(mean + (bias - mean) * factors)
+            scales, mean = scales.to(weight), report.means[layer_idx].to(bias)
+            weight.mul_(scales.unsqueeze(1))
+            bias.copy_(mean + (bias - mean) * scales)
 
 
 @torch.no_grad()
-def choose_stretch(
+def choose_variance_scale(
     model: C2CForCausalLM,
     processor: C2CProcessor,
     report: RidgeReport,
@@ -51,61 +52,63 @@ def choose_stretch(
     batch_size: int = 8,
     progress: bool = True,
 ) -> float:
-    """Stretch a fitted memory fuser as far as answers to questions get better by it.
+    """Scale a fitted memory fuser by the power with which questions are answered best.
 
     Args:
-        model: A pair with `mode="memory"`, as fitted.
+        model: A pair with `mode="memory"`, as fitted; changed in place.
         processor: The pair's.
-        report: Of the fit; its `stretch` is filled in.
+        report: Of the fit; its `variance_scale` is filled in.
         questions: Rows of `sharer_context`, `question` (the receiver's whole prompt), `choices` and `answer` (an
-            index), as [`~private_facts.private_facts`] makes them. None of them should be among those of a test.
+            index). They should not be among those of a test.
         sharer_index: Which sharer's fuser.
-        powers: To choose among, in rising order; see [`stretch_maps`]. Those behind the first that answers worse than
-            the one before it are not tried.
-        batch_size: Questions answered at once.
+        powers: To choose among, in rising order; see [`scale_variance`]. The search ends at the first one that is
+            worse than the one before it.
+        batch_size: Questions per batch.
         progress: Show a progress bar.
 
     Returns:
         The power with the highest mean log-likelihood of the right choice among the choices.
 
     Raises:
-        ValueError: There are no questions or no powers.
+        ValueError: There are no questions or no powers, or the model is not in memory mode.
     """
     if not questions or not powers:
         raise ValueError("`questions` and `powers` must hold something to choose by.")
-    fuser: MemoryFuser = model.fuser[sharer_index]
-    fitted = [[part.detach().clone() for part in group.out_proj.parameters()] for group in fuser.groups]
+    fuser = model.fuser[sharer_index]
+    if not isinstance(fuser, MemoryFuser):
+        raise ValueError(f"`model` must have `mode='memory'`, but has {model.config.mode!r}.")
+    fitted = [[parameter.detach().clone() for parameter in group.out_proj.parameters()] for group in fuser.groups]
 
-    def stretch(power: float) -> None:
-        for group, parts in zip(fuser.groups, fitted, strict=True):
-            for parameter, part in zip(group.out_proj.parameters(), parts, strict=True):
-                parameter.copy_(part)
-        stretch_maps(fuser, report, power)
+    def scale_fitted(power: float) -> None:
+        for group, values in zip(fuser.groups, fitted, strict=True):
+            for parameter, value in zip(group.out_proj.parameters(), values, strict=True):
+                parameter.copy_(value)
+        scale_variance(fuser, report, power)
 
     best: tuple[float, float] | None = None
-    for power in tqdm(powers, desc="Stretching", unit="power", disable=not progress):
-        stretch(power)
-        likelihood = _mean_likelihood(model, processor, questions, batch_size)
-        if best is not None and likelihood < best[0]:
+    for power in tqdm(powers, desc="Choosing the variance scale", unit="power", disable=not progress):
+        scale_fitted(power)
+        log_likelihood = _mean_log_likelihood(model, processor, questions, batch_size)
+        if best is not None and log_likelihood < best[0]:
             break
-        best = (likelihood, power)
-    report.stretch = best[1] if best is not None else 0.0
-    stretch(report.stretch)
-    return report.stretch
+        best = (log_likelihood, power)
+    report.variance_scale = best[1] if best is not None else 0.0
+    scale_fitted(report.variance_scale)
+    return report.variance_scale
 
 
-def _mean_likelihood(
+def _mean_log_likelihood(
     model: C2CForCausalLM, processor: C2CProcessor, questions: Sequence[Mapping[str, Any]], batch_size: int
 ) -> float:
-    """Return the mean log-likelihood of right choices, each compared with the other choices of its question."""
+    """Return the mean log-likelihood of the right choice among the choices of its question."""
     was_training, tokenizer = model.training, processor.tokenizer
     model.eval()
-    likelihoods = []
+    log_likelihoods = []
     for start in range(0, len(questions), batch_size):
         rows = questions[start : start + batch_size]
         prompts, contexts = [row["question"] for row in rows], [row["sharer_context"] for row in rows]
-        inputs: Any = processor(prompts, sharer_context=contexts, padding=True)
-        # Tokenized behind their prompts, where letters may join.
+        inputs = processor(prompts, sharer_context=contexts, padding=True)
+        # Tokenized with their prompts, since a token may not start at the boundary otherwise.
         lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
         continuations = [
             [tokenizer(f"{row['question']} {choice}")["input_ids"][length:] for choice in row["choices"]]
@@ -113,7 +116,7 @@ def _mean_likelihood(
         ]
         scores = iter(continuation_scores(model, inputs, continuations).logprobs.sum(1).cpu())
         for row in rows:
-            compared = torch.stack([next(scores) for _ in row["choices"]]).log_softmax(0)
-            likelihoods.append(float(compared[row["answer"]]))
+            choices = torch.stack([next(scores) for _ in row["choices"]]).log_softmax(0)
+            log_likelihoods.append(float(choices[row["answer"]]))
     model.train(was_training)
-    return statistics.fmean(likelihoods)
+    return statistics.fmean(log_likelihoods)

@@ -1,17 +1,14 @@
 """`C2CTrainingArguments`: a training run's fields, their defaults and what they mean."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
+from ..configuration_c2c import check_choice
 from ..fusers.c2c import GATE_NOISES
 
-#: What each preset means for the fields that are left at `None`.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"gate_noise": "logistic", "min_fused_fraction": 1.0, "guard_weight": 0.0, "choice_weight": 0.0},
-    "paper": {"gate_noise": "gumbel", "min_fused_fraction": 1.0, "guard_weight": 0.0, "choice_weight": 0.0},
-}
+#: The gate noise of each preset; in all else they are the same.
+PRESETS = {"default": "logistic", "paper": "gumbel"}
 
 
 @dataclass
@@ -19,29 +16,30 @@ class C2CTrainingArguments(TrainingArguments):
     """Arguments of [`C2CTrainer`]: those of [`~transformers.TrainingArguments`] and the following.
 
     Args:
-        max_length: Largest number of tokens of an example, see [`~training_data.prepare_dataset`].
-
-        preset: `"paper"`: as in arXiv 2510.03215; `"default"`: what we found better. A preset fills the fields below
-            that are left at `None`.
-        gate_noise: Noise of the gates in training: `"gumbel"`, one-sided, the paper's; `"logistic"`, two-sided, so
-            that a gate at logit 0 is open half of the time; or `"none"`. Default `"logistic"`, paper `"gumbel"`.
-        min_fused_fraction: Each row of a batch fuses one random contiguous share of its alignable positions, drawn
-            between this and 1. 1: always all of them. Default and paper 1.
-        guard_weight: Weight of the guard loss: the divergence KL(receiver alone || fused) over the answer tokens, per
-            token, where every row's sharers read the text of another row in the batch (the k-th fused position reads
-            what that row's k-th reads, from the start again at its end). It teaches the fuser not to draw on sharers
-            that read something else. Costs two more passes of the receiver. 0: off. Default and paper 0.
+        max_length: Largest number of tokens of an example, see [`~training.dataset.prepare_dataset`].
+        preset: `"paper"`: as in arXiv 2510.03215; `"default"`: what works better in the package's own experiments. It
+            decides `gate_noise` where that is `None`.
+        gate_noise: Noise of the gates in training: `"gumbel"`, one-sided, as in the paper; `"logistic"`, two-sided, so
+            that a gate at logit 0 is open half of the time; or `"none"`. `None`: the preset's, `"gumbel"` for
+            `"paper"`, `"logistic"` for `"default"`.
+        min_fused_fraction: Each row of a batch fuses one random contiguous span of its aligned positions, whose share
+            is drawn between this and 1. 1, as in the paper: all of them.
+        guard_weight: Weight of the guard loss: the divergence KL(receiver || fused) over the answer tokens, per token,
+            where every row gets the sharers' inputs of another row in the batch (the k-th fused position is aligned
+            with what is aligned with that row's k-th, counted from the start again at its end). It trains the fuser
+            not to change the answer for sharers with unrelated text. Costs two more forward passes of the receiver. 0,
+            as in the paper: off.
         choice_weight: Weight of the choice loss of multiple choice questions: the cross-entropy of the right answer
-            among all, each scored by its mean log-likelihood per token (the length-normalised loss of arXiv
+            among all, each scored by its mean log-likelihood per token (the length-normalized loss of arXiv
             2205.05638), one per question, added to the sum over the answer tokens before that is averaged. Needs an
-            answer format that tells choices apart, such as `"text"`. 0: off. Default and paper 0.
-        sharer_cache_dir: Folder in which the sharers' states of every row are kept, so that later epochs and runs load
-            them in place of running the sharers; with all of them there the sharers need not be loaded
+            answer format that tells choices apart, such as `"text"`. 0, as in the paper: off.
+        sharer_cache_dir: Folder that keeps the sharers' caches of every row, so that later epochs and runs load them
+            instead of running the sharers; when all of them are there, the sharers need not be loaded
             (`load_sharers=False`). A row takes as much space as the sharer's cache of its text: 2 x layers x key/value
-            heads x head_dim x tokens numbers. `None`: nothing is kept.
-        sharer_cache_int8: Keep them in 8 bits.
-        train_fuser: Off, the fuser stays as it is and fusion is off: what is left to train is the `peft_config` of
-            [`C2CTrainer`], the baseline of a receiver that was tuned on the same data without any sharer.
+            heads x head_dim x tokens numbers. `None`: no cache is kept.
+        sharer_cache_int8: Round the kept caches to 8 bits, see [`SharerCache.to_safetensors`].
+        train_fuser: `False`: the fuser stays as it is and fusion is off, so that only the `peft_config` of
+            [`C2CTrainer`] is trained: the baseline of a receiver that is tuned on the same data without any sharer.
 
     Defaults that differ from those of [`~transformers.TrainingArguments`]:
 
@@ -51,7 +49,7 @@ class C2CTrainingArguments(TrainingArguments):
     | `warmup_steps` | 0.1 | 0 | the paper's 10 % |
     | `weight_decay` | 0.01 | 0 | the paper's |
     | `logging_steps` | 10 | 500 | |
-    | `logging_nan_inf_filter` | `False` | `True` | a loss that is not finite stops the run |
+    | `logging_nan_inf_filter` | `False` | `True` | the trainer stops at a loss that is not finite |
     | `remove_unused_columns` | `False` | `True` | the collator picks its columns |
     | `ddp_find_unused_parameters` | `False` | `None` | every parameter of the fuser is used |
     | `ddp_broadcast_buffers` | `False` | `None` | buffers are the same everywhere |
@@ -67,12 +65,12 @@ class C2CTrainingArguments(TrainingArguments):
     # Method
     preset: str = field(default="default", metadata={"help": f"One of {', '.join(PRESETS)}."})
     gate_noise: str | None = field(default=None, metadata={"help": f"One of {', '.join(GATE_NOISES)}."})
-    min_fused_fraction: float | None = field(default=None, metadata={"help": "Smallest share of positions that fuse."})
-    guard_weight: float | None = field(default=None, metadata={"help": "Weight of the guard loss."})
-    choice_weight: float | None = field(default=None, metadata={"help": "Weight of the choice loss."})
-    sharer_cache_dir: str | None = field(default=None, metadata={"help": "Folder for the sharers' states."})
-    sharer_cache_int8: bool = field(default=False, metadata={"help": "Keep these states in 8 bits."})
-    train_fuser: bool = field(default=True, metadata={"help": "Off: train the receiver's adapter alone."})
+    min_fused_fraction: float = field(default=1.0, metadata={"help": "Smallest share of the positions that fuse."})
+    guard_weight: float = field(default=0.0, metadata={"help": "Weight of the guard loss."})
+    choice_weight: float = field(default=0.0, metadata={"help": "Weight of the choice loss."})
+    sharer_cache_dir: str | None = field(default=None, metadata={"help": "Folder that keeps the sharers' caches."})
+    sharer_cache_int8: bool = field(default=False, metadata={"help": "Round these caches to 8 bits."})
+    train_fuser: bool = field(default=True, metadata={"help": "False: train only the receiver's adapter."})
 
     # Optimization
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate."})
@@ -92,20 +90,17 @@ class C2CTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {list(PRESETS)}, but got {self.preset!r}.")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        check_choice("preset", self.preset, list(PRESETS))
+        if self.gate_noise is None:
+            self.gate_noise = PRESETS[self.preset]
+        check_choice("gate_noise", self.gate_noise, GATE_NOISES)
         super().__post_init__()
-        if self.gate_noise not in GATE_NOISES:
-            raise ValueError(f"`gate_noise` must be one of {list(GATE_NOISES)}, but got {self.gate_noise!r}.")
-        if self.min_fused_fraction is None or not 0.0 < self.min_fused_fraction <= 1.0:
+        if not 0.0 < self.min_fused_fraction <= 1.0:
             raise ValueError(f"`min_fused_fraction` must be in (0, 1], but got {self.min_fused_fraction!r}.")
         for name in ("guard_weight", "choice_weight"):
-            value = getattr(self, name)
-            if value is None or not value >= 0.0:
-                raise ValueError(f"`{name}` must be at least 0, but got {value!r}.")
+            # Not `value < 0`, which lets NaN pass.
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"`{name}` must be at least 0, but got {getattr(self, name)!r}.")
         if self.choice_weight and self.label_smoothing_factor:
             raise ValueError("`choice_weight` and `label_smoothing_factor` do not go together: set one of them to 0.")
         if self.guard_weight and self.per_device_train_batch_size < 2:

@@ -1,129 +1,76 @@
-"""Training data: rows of chats, choices or completions -> tokenized examples -> batches with one boundary."""
+"""Training data: JSON Lines files or data sets of the Hub -> tokenized examples.
 
+| kind of row | columns |
+| --- | --- |
+| chat | `messages` of `role` and `content`, or `conversations` of `from` and `value` (ShareGPT) |
+| multiple choice | `question`, `choices` (texts), `answer` (index) |
+| prompt and completion | `prompt`, `completion` |
+
+Each kind may have `sharer_context`, a text that only the sharers prefill, and `id`, which errors name.
+"""
+
+import gzip
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from ..processing_c2c import C2CProcessor
-from .examples import ExampleMaker
-from .rows import load_rows
+from .tokenization import FITS_COLUMN, QUESTION_TEMPLATE, RowTokenizer, check_columns
 
 logger = logging.getLogger(__name__)
 
-ANSWER_FORMATS = ("letter", "text", "both")
-QUESTION_TEMPLATE = "{question}\n{choices}\nAnswer:"
+_JSON_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
-@dataclass
-class DataArguments:
-    """Which data `c2c train` reads.
+def load_rows(
+    name: str, split: str = "train", config: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Load one data set.
 
     Args:
-        train_data: JSON Lines files (`.jsonl`, `.jsonl.gz`) and Hub ids; several are joined.
-        eval_data: The same for evaluation.
-        dataset_config: Configuration name of the Hub data sets.
-        train_split: Split of the Hub data sets to train on, slices such as `train[:1000]` included.
-        eval_split: Split of the Hub data sets to evaluate on.
-        max_train_rows: Use the first rows of each training data set only.
-        max_eval_rows: The same for evaluation.
-        streaming: Read training data on the fly; needs `max_steps`.
-        shuffle_buffer_size: Number of streamed examples among which the next is drawn.
-        preprocessing_num_workers: Processes that tokenize, without streaming.
-        answer_format: Answer to a multiple choice question: `"letter"`, `"text"` of the choice, or `"both"`.
-        question_template: Prompt of a multiple choice question, with `{question}` and, unless the answer is a
-            `"text"`, `{choices}`.
-        plain_text: Take prompts as plain text although the receiver has a chat template.
-        plain_choices: The same for multiple choice alone.
-        chat_template_kwargs: Arguments of the chat templates, such as `{"enable_thinking": false}`.
+        name: A JSON Lines file, plain or gzip, or a Hub id.
+        split: Split of a Hub data set; a file has only one.
+        config: Configuration name of a Hub data set.
+        streaming: Load rows when they are iterated over.
 
     Raises:
-        ValueError: For an unknown value, naming the field, the value and what is allowed.
+        ValueError: The file does not exist or is no JSON Lines in UTF-8, naming the row.
     """
+    if not name.endswith(_JSON_ENDINGS):
+        return load_dataset(name, config, split=split, streaming=streaming)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"The data file {name!r} does not exist.")
+    _check_lines(path, parse=False)
+    try:
+        return load_dataset("json", data_files=str(path), split="train", streaming=streaming)
+    except (DatasetGenerationError, ValueError) as error:
+        _check_lines(path, parse=True)
+        cause = error.__cause__ or error
+        raise ValueError(f"{name!r} could not be read as JSON Lines, one object a row: {cause}") from error
 
-    train_data: list[str] = field(default_factory=list)
-    eval_data: list[str] = field(default_factory=list)
-    dataset_config: str | None = None
-    train_split: str = "train"
-    eval_split: str = "validation"
-    max_train_rows: int | None = None
-    max_eval_rows: int | None = None
-    streaming: bool = False
-    shuffle_buffer_size: int = 1000
-    preprocessing_num_workers: int | None = None
-    answer_format: str = "letter"
-    question_template: str = QUESTION_TEMPLATE
-    plain_text: bool = False
-    plain_choices: bool = False
-    chat_template_kwargs: dict | str | None = None
 
-    def __post_init__(self) -> None:
-        if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-        if self.answer_format not in ANSWER_FORMATS:
-            raise ValueError(f"`answer_format` must be one of {list(ANSWER_FORMATS)}, but got {self.answer_format!r}.")
-        for name in ("{question}", "{choices}") if self.answer_format != "text" else ("{question}",):
-            if name not in self.question_template:
-                raise ValueError(f"`question_template` must contain {name}, but got {self.question_template!r}.")
-        for name in ("max_train_rows", "max_eval_rows", "shuffle_buffer_size", "preprocessing_num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but got {value!r}.")
-
-    def load(
-        self, processor: C2CProcessor, max_length: int, seed: int = 42
-    ) -> tuple[Dataset | IterableDataset, Dataset | None]:
-        """Load and tokenize all data.
-
-        Args:
-            processor: The pair's.
-            max_length: See [`prepare_dataset`].
-            seed: Of the shuffling of streamed data.
-
-        Returns:
-            Training data, and evaluation data where there are any.
-
-        Raises:
-            ValueError: Nothing to train on, or bad data.
-        """
-        if not self.train_data:
-            raise ValueError("`train_data` must name at least one file or Hub id, but is empty.")
-        train = self._load(
-            self.train_data, self.train_split, self.max_train_rows, self.streaming, processor, max_length
-        )
-        if isinstance(train, IterableDataset):
-            train = train.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
-        if not self.eval_data:
-            return train, None
-        return train, self._load(self.eval_data, self.eval_split, self.max_eval_rows, False, processor, max_length)
-
-    def _load(
-        self,
-        names: Sequence[str],
-        split: str,
-        max_rows: int | None,
-        streaming: bool,
-        processor: C2CProcessor,
-        max_length: int,
-    ) -> Any:
-        prepared = []
-        for name in names:
-            rows = load_rows(name, split, self.dataset_config, streaming)
-            if max_rows is not None:
-                rows = rows.take(max_rows) if streaming else rows.select(range(min(max_rows, len(rows))))
-            options: dict[str, Any] = {
-                "answer_format": self.answer_format,
-                "question_template": self.question_template,
-                "plain_text": self.plain_text,
-                "plain_choices": self.plain_choices,
-                "chat_template_kwargs": self.chat_template_kwargs,
-                "num_proc": self.preprocessing_num_workers,
-            }
-            prepared.append(prepare_dataset(rows, processor, max_length, name=name, **options))
-        return concatenate_datasets(prepared) if len(prepared) > 1 else prepared[0]
+def _check_lines(path: Path, parse: bool) -> None:
+    """Raise `ValueError` for the first row that is not UTF-8 or, with `parse`, no JSON object."""
+    lines = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    number = 0
+    with lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if parse and text.strip() and not isinstance(json.loads(text), dict):
+                    raise ValueError("it is no object")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise ValueError(f"Row {number} of {path} is not UTF-8 (byte 0x{byte:02x}): convert the file.") from None
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is damaged behind row {number}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"Row {number} of {path} is no JSON object: {error}.") from None
 
 
 def prepare_dataset(
@@ -141,44 +88,47 @@ def prepare_dataset(
     """Tokenize a data set for [`C2CDataCollator`], one example per assistant turn.
 
     Args:
-        dataset: Rows of `messages` (or `conversations`), of `question`, `choices` and `answer`, or of `prompt` and
-            `completion`. A text in `sharer_context` is read by the sharers only.
+        dataset: Rows of one of the kinds above.
         processor: The pair's.
         max_length: Largest number of receiver tokens, and of each sharer's. Answers are cut there; examples whose
             prompt leaves no room for an answer are dropped, and their number is logged (of streamed data: each).
-        answer_format: See [`DataArguments`], as the next four.
-        question_template: Prompt of a multiple choice question.
-        plain_text: Use no chat template.
-        plain_choices: Use none for multiple choice.
-        chat_template_kwargs: Arguments of the chat templates.
-        name: What errors call the data set.
-        num_proc: Processes that tokenize; for streamed data none.
+        answer_format: Answer to a multiple choice question: `"letter"`, `"text"` of the choice, or `"both"`.
+        question_template: Prompt of a multiple choice question, with `{question}` and, unless the answer is a
+            `"text"`, `{choices}`.
+        plain_text: Take prompts as plain text although the receiver has a chat template.
+        plain_choices: The same for multiple choice only.
+        chat_template_kwargs: Arguments of the chat templates, such as `{"enable_thinking": False}`.
+        name: Of the data set, for errors.
+        num_proc: Processes that tokenize; not used for streamed data.
 
     Returns:
-        Examples of `input_ids` (the prompt), `answer_ids`, `wrong_answer_ids` (a list of them; empty but for multiple
-        choice), `sharer_input_ids`, `sharer_attention_mask` and
-        `sharer_alignment` (each one list per sharer) and `length`.
+        Rows of [`~training.tokenization.Example`].
 
     Raises:
-        ValueError: Unknown columns, or a bad row, named. For streamed data the latter comes on iteration.
+        ValueError: Unknown columns, or a bad row, named; of streamed data the latter is raised on iteration.
     """
     columns = dataset.column_names
     if columns is None:
         columns = list(next(iter(dataset), {}))
-    _check_columns(columns, name)
-    plain_text = plain_text or (plain_choices and "choices" in columns)
-    # Built once, before processes share the work and before the cache is asked for the result.
+    check_columns(columns, name)
+    # Built now, so that no process builds them again, and the fingerprint in the cache of `datasets` covers them.
     _ = processor.token_tables
-    make = ExampleMaker(
-        processor, max_length, answer_format, question_template, plain_text, chat_template_kwargs or {}, name
+    tokenize = RowTokenizer(
+        processor,
+        max_length,
+        answer_format,
+        question_template,
+        plain_text or (plain_choices and "choices" in columns),
+        chat_template_kwargs or {},
+        name,
+        log_dropped=isinstance(dataset, IterableDataset),
     )
     arguments: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
     if isinstance(dataset, IterableDataset):
-        make.log_dropped = True
-        examples = dataset.map(make, batch_size=8, **arguments)
-        return examples.filter(lambda fits: fits, input_columns="fits").remove_columns("fits")
-    examples = dataset.map(make, batch_size=200, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
-    kept = examples.filter(lambda fits: fits, input_columns="fits").remove_columns("fits")
+        examples = dataset.map(tokenize, batch_size=8, **arguments)
+        return examples.filter(lambda fits: fits, input_columns=FITS_COLUMN).remove_columns(FITS_COLUMN)
+    examples = dataset.map(tokenize, batch_size=200, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
+    kept = examples.filter(lambda fits: fits, input_columns=FITS_COLUMN).remove_columns(FITS_COLUMN)
     if dropped := len(examples) - len(kept):
         logger.warning(
             "Dropped %d of %d examples of %s, whose prompts leave no room for an answer in `max_length=%d` tokens.",
@@ -190,12 +140,3 @@ def prepare_dataset(
     if not len(kept):
         raise ValueError(f"{name} leaves no example to use: it is empty, or `max_length={max_length}` is too small.")
     return kept
-
-
-def _check_columns(columns: Sequence[str], name: str) -> None:
-    known = ({"messages"}, {"conversations"}, {"question", "choices", "answer"}, {"prompt", "completion"})
-    if not any(names <= set(columns) for names in known):
-        raise ValueError(
-            f"{name} has the columns {sorted(columns)}, but needs `messages` (chats), `question`, `choices` and "
-            "`answer` (multiple choice), or `prompt` and `completion`; rename its columns."
-        )

@@ -1,50 +1,75 @@
-"""What `c2c train` reads: a YAML file and overrides of its fields."""
+"""Recipes: the YAML files that `c2c train` takes, with the fields of three classes side by side.
+
+[`ModelArguments`] names the pair and the fuser's sizes, [`DataArguments`] the data, [`C2CTrainingArguments`] the
+optimization and the losses.
+"""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
+from ..configuration_c2c import check_choice
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .arguments import C2CTrainingArguments
-from .dataset import DataArguments
+from .dataset import load_rows, prepare_dataset
+from .tokenization import ANSWER_FORMATS, QUESTION_TEMPLATE
+
+#: Fields of [`ModelArguments`] that are fields of the configuration.
+_CONFIG_FIELDS = (
+    "layer_alignment",
+    "fusion_mode",
+    "fuser_initialization",
+    "initial_gate_temperature",
+    "final_gate_temperature",
+)
+#: Those that a configuration has once per sharer.
+_SHARER_FIELDS = (
+    "token_alignment",
+    "fuser_hidden_size",
+    "fuser_intermediate_size",
+    "num_fuser_layers",
+    "fuser_dropout",
+)
 
 
 @dataclass
 class ModelArguments:
-    """Which pair `c2c train` trains.
+    """The pair that `c2c train` trains.
 
     Args:
-        receiver: Hub id or folder of the model that answers.
-        sharers: Hub ids or folders of the models that lend their states.
+        receiver: Hub id or folder of the receiver.
+        sharers: Hub ids or folders of the sharers.
         demo_pair: Train the pair that installs from PyPI, SmolLM2-135M-Instruct and Gemma 3 270M.
-        fuser: Hub id or folder of a fuser to go on with; it names its base models.
-        load_sharers: Off, the sharers of that fuser stay on their disk: what they have read is in `sharer_cache_dir`.
+        fuser: Hub id or folder of a fuser whose training continues; it names its base models.
+        load_sharers: `False`: the sharers of that fuser are not loaded; their caches are in `sharer_cache_dir`.
         dtype: Precision of the base models; the fuser stays in float32.
         attn_implementation: Of the base models.
         device_map: Placement of each base model.
         receiver_kwargs: Further arguments of the receiver's `from_pretrained`.
-        sharer_kwargs: The same for the sharers.
-        token_alignment: This and the following: see [`C2CConfig`].
-        layer_alignment: See there.
-        fusion_mode: See there.
-        fuser_hidden_size: See there.
-        fuser_intermediate_size: See there.
-        num_fuser_layers: See there.
-        fuser_dropout: See there.
-        fuser_initialization: See there.
-        initial_gate_temperature: See there.
-        final_gate_temperature: See there.
-        lora_rank: Train a LoRA of this rank on the receiver, too (with `train_fuser: false` nothing else).
-        lora_alpha: Its scale; default twice the rank.
+        sharer_kwargs: Further arguments of each sharer's `from_pretrained`.
+        layer_alignment: This and the following, see [`C2CConfig`]. `None`: as there, or as the `fuser` has it.
+        fusion_mode: See [`C2CConfig`].
+        fuser_initialization: See [`C2CConfig`].
+        initial_gate_temperature: See [`C2CConfig`].
+        final_gate_temperature: See [`C2CConfig`].
+        token_alignment: This and the following, one for all sharers or one per sharer, see [`SharerConfig`]. `None`:
+            as there, or as the `fuser` has it.
+        fuser_hidden_size: See [`SharerConfig`].
+        fuser_intermediate_size: See [`SharerConfig`].
+        num_fuser_layers: See [`SharerConfig`].
+        fuser_dropout: See [`SharerConfig`].
+        lora_rank: Train a LoRA of this rank on the receiver as well (with `train_fuser: false` instead). `None`: none.
+        lora_alpha: Its scale. `None`: twice the rank.
         lora_dropout: Its dropout.
-        lora_target_modules: Names of the layers that get one; default every linear layer.
+        lora_target_modules: Names of the layers that get one. `None`: every linear layer.
 
     Raises:
         ValueError: No pair is named, or two are; or `load_sharers: false` without a fuser.
@@ -60,16 +85,16 @@ class ModelArguments:
     device_map: str | None = None
     receiver_kwargs: dict | str | None = None
     sharer_kwargs: dict | str | None = None
-    token_alignment: str | None = None
-    layer_alignment: str = "terminal"
-    fusion_mode: str = "parallel"
-    fuser_hidden_size: int = 1024
-    fuser_intermediate_size: int = 1024
-    num_fuser_layers: int = 3
-    fuser_dropout: float = 0.1
-    fuser_initialization: str = "closed_gates"
-    initial_gate_temperature: float = 1.0
-    final_gate_temperature: float = 0.001
+    layer_alignment: str | None = None
+    fusion_mode: str | None = None
+    fuser_initialization: str | None = None
+    initial_gate_temperature: float | None = None
+    final_gate_temperature: float | None = None
+    token_alignment: list[str] | None = None
+    fuser_hidden_size: list[int] | None = None
+    fuser_intermediate_size: list[int] | None = None
+    num_fuser_layers: list[int] | None = None
+    fuser_dropout: list[float] | None = None
     lora_rank: int | None = None
     lora_alpha: int | None = None
     lora_dropout: float = 0.0
@@ -77,8 +102,11 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         for name in ("receiver_kwargs", "sharer_kwargs"):
+            setattr(self, name, _parse_json(getattr(self, name)))
+        for name in ("sharers", *_SHARER_FIELDS):
             value = getattr(self, name)
-            setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
+            # YAML files may name a single one without brackets.
+            setattr(self, name, [value] if isinstance(value, str | int | float) else value)
         named = [bool(self.receiver and self.sharers), self.demo_pair, bool(self.fuser)]
         if sum(named) != 1:
             raise ValueError("Name one pair: `receiver` and `sharers`, or `fuser`, or `demo_pair: true`.")
@@ -89,38 +117,51 @@ class ModelArguments:
         """Build or load the pair.
 
         Args:
-            demo_pair: Folders of the demo pair, where that is asked for.
+            demo_pair: Folders of receiver and sharer that `demo_pair` stands for.
         """
-        shared = ("dtype", "attn_implementation", "device_map")
-        kwargs = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
-        base_kwargs: dict[str, Any] = {
-            name: {**kwargs, **getattr(self, name)} for name in ("receiver_kwargs", "sharer_kwargs")
+        shared = {
+            name: value
+            for name in ("dtype", "attn_implementation", "device_map")
+            if (value := getattr(self, name)) is not None
         }
-        model: Any
-        if self.fuser is not None:
-            model = C2CForCausalLM.from_pretrained(self.fuser, load_sharers=self.load_sharers, **base_kwargs)
-            return model, C2CProcessor.from_pretrained(self.fuser)
-        pair: Any = (self.receiver, self.sharers) if demo_pair is None else demo_pair
-        names = (
-            "token_alignment",
-            "layer_alignment",
-            "fusion_mode",
-            "fuser_hidden_size",
-            "fuser_intermediate_size",
-            "num_fuser_layers",
-            "fuser_dropout",
-            "fuser_initialization",
-            "initial_gate_temperature",
-            "final_gate_temperature",
+        receiver_kwargs, sharer_kwargs = (
+            {**shared, **_parse_json(kwargs)} for kwargs in (self.receiver_kwargs, self.sharer_kwargs)
         )
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        fields.update(base_kwargs, receiver=pair[0], sharers=pair[1])
-        model = C2CForCausalLM.from_receiver_and_sharers(**fields)
-        processor = C2CProcessor.from_receiver_and_sharers(pair[0], pair[1], self.token_alignment, **base_kwargs)
+        given = self.config_fields()
+        if self.fuser is not None:
+            model = C2CForCausalLM.from_pretrained(
+                self.fuser,
+                receiver_kwargs=receiver_kwargs,
+                sharer_kwargs=sharer_kwargs,
+                load_sharers=self.load_sharers,
+                **given,
+            )
+            return model, C2CProcessor.from_pretrained(self.fuser)
+        receiver, sharers = self.receiver, self.sharers
+        if demo_pair is not None:
+            receiver, sharers = demo_pair[0], [demo_pair[1]]
+        if receiver is None or sharers is None:
+            raise ValueError("`demo_pair` must be given for a recipe that asks for it.")
+        model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharers, receiver_kwargs, sharer_kwargs, **given)
+        processor = C2CProcessor.from_receiver_and_sharers(
+            receiver,
+            sharers,
+            given.get("token_alignment"),
+            receiver_kwargs=receiver_kwargs,
+            sharer_kwargs=sharer_kwargs,
+        )
         return model, processor
 
+    def config_fields(self) -> dict[str, Any]:
+        """Return the fields of the configuration that are given."""
+        given = {name: getattr(self, name) for name in _CONFIG_FIELDS}
+        for name in _SHARER_FIELDS:
+            values = getattr(self, name)
+            given[name] = values[0] if values is not None and len(values) == 1 else values
+        return {name: value for name, value in given.items() if value is not None}
+
     def peft_config(self) -> LoraConfig | None:
-        """Return the adapter that is asked for, if one is."""
+        """Return the configuration of the adapter; `None` without `lora_rank`."""
         if self.lora_rank is None:
             return None
         return LoraConfig(
@@ -132,36 +173,154 @@ class ModelArguments:
         )
 
 
+@dataclass
+class DataArguments:
+    """The data that `c2c train` trains on; see [`training.dataset`] for the kinds of rows.
+
+    Args:
+        train_data: JSON Lines files (`.jsonl`, `.jsonl.gz`) and Hub ids; several are concatenated.
+        eval_data: The same for evaluation.
+        dataset_config: Configuration name of the Hub data sets.
+        train_split: Split of the Hub data sets to train on, slices such as `train[:1000]` included.
+        eval_split: Split of the Hub data sets to evaluate on.
+        max_train_rows: Use the first rows of each training data set only. `None`: all.
+        max_eval_rows: The same for evaluation.
+        streaming: Load training data while training; needs `max_steps`.
+        shuffle_buffer_size: Number of streamed examples among which the next is drawn.
+        preprocessing_num_workers: Processes that tokenize, without streaming. `None`: this one.
+        answer_format: Answer to a multiple choice question: `"letter"`, `"text"` of the choice, or `"both"`.
+        question_template: Prompt of a multiple choice question, with `{question}` and, unless the answer is a
+            `"text"`, `{choices}`.
+        plain_text: Take prompts as plain text although the receiver has a chat template.
+        plain_choices: The same for multiple choice only.
+        chat_template_kwargs: Arguments of the chat templates, such as `{"enable_thinking": false}`.
+
+    Raises:
+        ValueError: For an unknown value, naming the field, the value and what is allowed.
+    """
+
+    train_data: list[str] = field(default_factory=list)
+    eval_data: list[str] = field(default_factory=list)
+    dataset_config: str | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int = 1000
+    preprocessing_num_workers: int | None = None
+    answer_format: str = "letter"
+    question_template: str = QUESTION_TEMPLATE
+    plain_text: bool = False
+    plain_choices: bool = False
+    chat_template_kwargs: dict | str | None = None
+
+    def __post_init__(self) -> None:
+        self.chat_template_kwargs = _parse_json(self.chat_template_kwargs)
+        check_choice("answer_format", self.answer_format, ANSWER_FORMATS)
+        for name in ("{question}", "{choices}") if self.answer_format != "text" else ("{question}",):
+            if name not in self.question_template:
+                raise ValueError(f"`question_template` must contain {name}, but got {self.question_template!r}.")
+        for name in ("max_train_rows", "max_eval_rows", "shuffle_buffer_size", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but got {value!r}.")
+
+    def load(
+        self, processor: C2CProcessor, max_length: int, seed: int = 42
+    ) -> tuple[Dataset | IterableDataset, Dataset | None]:
+        """Load and tokenize all data.
+
+        Args:
+            processor: The pair's.
+            max_length: See [`~training.dataset.prepare_dataset`].
+            seed: Of the shuffling of streamed data.
+
+        Returns:
+            Training data, and evaluation data or `None`.
+
+        Raises:
+            ValueError: There are no training data, or bad rows.
+        """
+        if not self.train_data:
+            raise ValueError("`train_data` must name at least one file or Hub id, but is empty.")
+        train = [
+            self._load(name, self.train_split, self.max_train_rows, self.streaming, processor, max_length)
+            for name in self.train_data
+        ]
+        evaluation = [
+            self._load(name, self.eval_split, self.max_eval_rows, False, processor, max_length)
+            for name in self.eval_data
+        ]
+        train_data = concatenate_datasets(train)
+        if self.streaming:
+            train_data = train_data.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
+        return train_data, concatenate_datasets(evaluation) if evaluation else None
+
+    def _load(
+        self,
+        name: str,
+        split: str,
+        max_rows: int | None,
+        streaming: bool,
+        processor: C2CProcessor,
+        max_length: int,
+    ) -> Dataset | IterableDataset:
+        rows = load_rows(name, split, self.dataset_config, streaming)
+        if max_rows is not None:
+            rows = rows.take(max_rows) if streaming else rows.select(range(min(max_rows, len(rows))))
+        return prepare_dataset(
+            rows,
+            processor,
+            max_length,
+            self.answer_format,
+            self.question_template,
+            self.plain_text,
+            self.plain_choices,
+            _parse_json(self.chat_template_kwargs),
+            name,
+            self.preprocessing_num_workers,
+        )
+
+
+def _parse_json(value: dict | str | None) -> dict[str, Any]:
+    """Return a dictionary, which a command line gives as JSON."""
+    return json.loads(value) if isinstance(value, str) else value or {}
+
+
+_DATACLASSES = (ModelArguments, DataArguments, C2CTrainingArguments)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; `c2c train CONFIG --help` lists all fields.")
 
 
-def training_parser() -> HfArgumentParser:
-    """Return the parser of all fields of `c2c train`."""
-    return _Parser([ModelArguments, DataArguments, C2CTrainingArguments], prog="c2c train CONFIG", allow_abbrev=False)
+def recipe_parser() -> HfArgumentParser:
+    """Return the parser of all fields of a recipe."""
+    return _Parser(_DATACLASSES, prog="c2c train CONFIG", allow_abbrev=False)
 
 
-def parse_training_config(
-    config: str | Path | None, overrides: Sequence[str] = ()
+def parse_recipe(
+    recipe: str | Path | None, overrides: Sequence[str] = ()
 ) -> tuple[ModelArguments, DataArguments, C2CTrainingArguments]:
-    """Read a YAML file and overrides such as `["--learning_rate", "3e-4"]`, which go before it.
+    """Parse a recipe, and overrides such as `["--learning_rate", "3e-4"]`, which replace its values.
 
     Args:
-        config: The file, with the fields of all three classes side by side; `None`: overrides alone.
+        recipe: The YAML file; `None`: overrides alone.
         overrides: Words of a command line.
 
     Raises:
         ValueError: The file is no mapping, or a field or value is unknown.
     """
-    parser = training_parser()
-    if config is not None:
-        fields = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"{str(config)!r} must hold `field: value` lines, but holds {type(fields).__name__}.")
-        known = {action.dest for action in parser._actions}
-        if unknown := sorted(fields.keys() - known):
-            raise ValueError(f"{str(config)!r} has unknown fields: {', '.join(map(str, unknown))}.")
-        # Defaults that are text are parsed as on the command line: YAML reads 1e-4 as text.
-        parser.set_defaults(**fields)
+    parser = recipe_parser()
+    if recipe is not None:
+        values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{str(recipe)!r} must hold `field: value` lines, but holds {type(values).__name__}.")
+        known = {each.name for arguments in _DATACLASSES for each in fields(arguments) if each.init}
+        if unknown := sorted(map(str, values.keys() - known)):
+            raise ValueError(f"{str(recipe)!r} has unknown fields: {', '.join(unknown)}.")
+        # Defaults that are text are parsed as on the command line: YAML takes 1e-4 for text.
+        parser.set_defaults(**values)
     return parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)

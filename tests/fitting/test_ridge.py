@@ -1,39 +1,19 @@
-"""The closed-form fit: what can be recovered is, what was held out is judged, and the processor makes the slots."""
+"""The closed-form fit: exact where it can be, evaluated on held-out tokens, saved, and trained further."""
 
 import pytest
 import torch
 from conftest import tiny_model
 from datasets import Dataset
-from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
+from fitting_for_tests import WORDS, memory_pair, texts
+from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
-from c2c_hf.fitting.ridge import _read_both, fit_ridge
+from c2c_hf.fitting.ridge import aligned_states, fit_ridge
 from c2c_hf.training.dataset import prepare_dataset
-
-WORDS = "The keeper counted ships . Paris is short 北京 天空 def return café 🎉 hello user breakfast".split()
-
-
-def texts(count: int) -> list[str]:
-    generator = torch.Generator().manual_seed(1)
-    drawn = [
-        " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (12,), generator=generator)) for _ in range(count)
-    ]
-    return [*drawn, *TEXT]
-
-
-def memory_pair(same: bool, sink: int = 1, **fields) -> tuple[C2CForCausalLM, C2CProcessor]:
-    """Receiver and sharer are one model with one tokenizer, or differ in everything."""
-    tokenizers = [byte_level_tokenizer(), byte_level_tokenizer() if same else metaspace_tokenizer()]
-    names = ("llama", "llama") if same else ("llama", "gemma3")
-    models = [tiny_model(name, 0, len(tokenizer)) for name, tokenizer in zip(names, tokenizers, strict=True)]
-    fields = {"mode": "memory", "memory_source_layers": 1, "memory_sink_tokens": sink, **fields}
-    model = C2CForCausalLM.from_receiver_and_sharers(models[0], models[1], **fields)
-    processor = C2CProcessor(*tokenizers, mode="memory", memory_sink_tokens=sink)
-    return model, processor
 
 
 def test_recovers_the_identity() -> None:
-    """Without a sink both models read the same, so that memory is what the receiver would have read."""
+    """Without a sink both models prefill the same tokens, and memory equals the receiver's own prefill."""
     model, processor = memory_pair(same=True, sink=0)
     report = fit_ridge(model, processor, texts(120), alphas=[1e-9, 1e-6], progress=False)
     assert min(report.r2_keys + report.r2_values) > 0.9999
@@ -53,20 +33,20 @@ def test_is_the_least_squares_solution() -> None:
     report = fit_ridge(model, processor, texts(15)[:16], alphas=[1e-8], held_out_share=0.5, progress=False)
     fuser = model.fuser[0]
     (sharer_tokens, receiver_tokens), held = (
-        _read_both(model, processor, batch, 0, 512) for batch in (texts(15)[:8], texts(15)[8:16])
+        aligned_states(model, processor, batch, 0, 512) for batch in (texts(15)[:8], texts(15)[8:16])
     )
     assert report.num_tokens == len(sharer_tokens[0]) and report.num_held_out == len(held[0][0])
     x = fuser.features(sharer_tokens, 0).double()
-    residual_is_orthogonal = (x - x.mean(0)).T
+    centred = (x - x.mean(0)).T
     keys, values = (states.flatten(1).double() for states in fuser(sharer_tokens)[0])
     fitted = torch.cat([keys, values], -1)
-    # The normal equations: what is left over has nothing to do with the features.
+    # The normal equations: residuals are orthogonal to the features.
     target = torch.cat([receiver_tokens[0], receiver_tokens[len(receiver_tokens) // 2]], -1).double()
-    left = residual_is_orthogonal @ (target - fitted)
-    assert left.abs().max().item() < 1e-3 * (residual_is_orthogonal @ target).abs().max().item()
+    products = centred @ (target - fitted)
+    assert products.abs().max().item() < 1e-3 * (centred @ target).abs().max().item()
 
 
-def test_a_bottleneck_loses_little_and_a_wide_one_nothing() -> None:
+def test_a_wide_bottleneck_explains_as_much_as_full_rank() -> None:
     scores = {}
     for rank in (None, 4, 16):
         model, processor = memory_pair(same=False, memory_rank=rank, memory_source_layers=2)
@@ -79,7 +59,7 @@ def test_a_bottleneck_loses_little_and_a_wide_one_nothing() -> None:
 
 
 def test_one_bottleneck_for_all_layers() -> None:
-    """It loses more than one of the same rank per layer, has far fewer weights, and a wide one loses nothing."""
+    """It explains less than one of the same rank per layer with far fewer weights, and a wide one explains all."""
     scores, sizes = {}, {}
     for name, fields in {
         "shared 8": {"memory_rank": 8, "memory_shared_bottleneck": True},
@@ -94,11 +74,11 @@ def test_one_bottleneck_for_all_layers() -> None:
     assert scores["shared 8"] < scores["own 8"] < scores["full"]
     assert scores["shared 96"] == pytest.approx(scores["full"], abs=1e-3)
     assert sizes["shared 8"] < sizes["own 8"] < sizes["full"]
-    # What the bottleneck hands on is of unit size, whatever the sizes of the states.
+    # Its hidden states are of unit size, whatever the sizes of the states.
     model, processor = memory_pair(same=False, memory_rank=8, memory_shared_bottleneck=True)
     model.sharers[0].model.layers[1].self_attn.v_proj.weight.data *= 100.0
     fit_ridge(model, processor, texts(60), batch_size=4, progress=False)
-    fuser, (sharer_tokens, _) = model.fuser[0], _read_both(model, processor, texts(60), 0, 512)
+    fuser, (sharer_tokens, _) = model.fuser[0], aligned_states(model, processor, texts(60), 0, 512)
     hidden = fuser.down_proj(fuser.features(sharer_tokens, 0))
     assert hidden.std(0).tolist() == pytest.approx([1.0] * 8, rel=0.2)
     assert fuser.sharer_scales.log2().frac().eq(0).all() and fuser.sharer_scales[len(fuser.sharer_scales) // 2 + 1] > 1
@@ -115,7 +95,7 @@ def test_a_residual_network_starts_at_the_fitted_map() -> None:
 
 
 def test_slots_of_the_processor() -> None:
-    """Rows of unequal contexts and prompts, with several sharers, are the rows alone."""
+    """Rows of unequal contexts and prompts, with several sharers, equal single rows."""
     receiver, first, second = byte_level_tokenizer(), metaspace_tokenizer(), byte_level_tokenizer(vocab_size=330)
     models = [
         tiny_model(n, i, len(t))
@@ -137,15 +117,17 @@ def test_slots_of_the_processor() -> None:
         with torch.no_grad():
             logits = model(**inputs, logits_to_keep=1).logits
         for row in range(3):
-            alone = make(row)
+            single = make(row)
             with torch.no_grad():
-                expected = model(**alone, logits_to_keep=1).logits
+                expected = model(**single, logits_to_keep=1).logits
             torch.testing.assert_close(logits[row], expected[0], rtol=0, atol=1e-4)
-            slots = [(alignment >= 0)[0] for alignment in alone["sharer_alignment"]]
-            read = [ids[0] for ids in alone["sharer_input_ids"]]
+            slots = [(alignment >= 0)[0] for alignment in single["sharer_alignment"]]
+            sharer_ids = [ids[0] for ids in single["sharer_input_ids"]]
             if contexts[row]:
-                assert read[0][0] == first.bos_token_id and slots[0].nonzero()[0] == 1, "behind the receiver's sink"
-                assert [int(slot.sum()) for slot in slots] == [len(read[0]) - 1, len(read[1])]
+                assert sharer_ids[0][0] == first.bos_token_id and slots[0].nonzero()[0] == 1, (
+                    "behind the receiver's sink"
+                )
+                assert [int(slot.sum()) for slot in slots] == [len(sharer_ids[0]) - 1, len(sharer_ids[1])]
                 assert slots[1].nonzero()[0] == slots[0].nonzero()[-1] + 1, "one after the other"
             else:
                 assert not any(slot.any() for slot in slots)
@@ -170,8 +152,8 @@ def test_saved_and_loaded(tmp_path) -> None:
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_training_goes_on_from_the_fitted_map(tmp_path) -> None:
-    """Rows with a context behind the sharer: the loss of answers falls, with choices, guard and checkpoints."""
+def test_training_continues_from_the_fitted_map(tmp_path) -> None:
+    """Rows with a sharer-only context: the loss of answers falls, with choice loss, guard loss and checkpoints."""
     model, processor = memory_pair(same=False, memory_rank=8, memory_hidden_size=8)
     fit_ridge(model, processor, texts(30), batch_size=2, progress=False)
     rows = [
@@ -202,7 +184,7 @@ def test_training_goes_on_from_the_fitted_map(tmp_path) -> None:
         )
 
 
-def test_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     model, processor = memory_pair(same=False)
     with pytest.raises(ValueError, match="`texts` must hold more than 10 batches of 8"):
         fit_ridge(model, processor, texts(20), progress=False)
@@ -219,7 +201,7 @@ def test_refused() -> None:
 
 @pytest.mark.parametrize("count", [1, 9])
 def test_every_layer_has_its_own_map(count: int) -> None:
-    """Also where all of them are made from all sharer layers, and share their features."""
+    """Also where all of them have the same features, of all sharer layers."""
     model, _ = memory_pair(same=False, memory_source_layers=count)
     fuser = model.fuser[0]
     with torch.no_grad():

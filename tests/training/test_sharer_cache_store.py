@@ -1,4 +1,4 @@
-"""Sharers' states kept on disk for training: they change nothing but who reads, survive, and belong to one sharer."""
+"""Sharers' caches kept on disk for training: they change no loss, outlive a run, and belong to one sharer."""
 
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,19 +8,36 @@ import torch
 import yaml
 from conftest import tiny_c2c
 from safetensors.torch import load_file
-from test_training import QUESTIONS, base_models, fuser_weights, losses, make_model, make_trainer, save_pair
-from test_training_data import chat_rows, make_processor, write_rows
+from training_for_tests import (
+    QUESTIONS,
+    base_models,
+    chat_rows,
+    fuser_weights,
+    logged_losses,
+    make_model,
+    make_processor,
+    make_trainer,
+    save_pair,
+    write_rows,
+)
 
 from c2c_hf import C2CDataCollator, C2CForCausalLM
 from c2c_hf.cli.main import main
 from c2c_hf.inference.prefill import cached_states
+from c2c_hf.inference.sharer_cache import SharerCache
+from c2c_hf.training.collator import TrainingBatch
 from c2c_hf.training.dataset import prepare_dataset
-from c2c_hf.training.sharer_cache_store import SharerStore
+from c2c_hf.training.sharer_cache_store import SharerCacheStore
 
 
 def batch(sharers: int = 1, rows: slice = slice(None)) -> dict[str, Any]:
     processor = make_processor(sharers=sharers)
     return C2CDataCollator(processor)(list(prepare_dataset(chat_rows(QUESTIONS), processor))[rows])
+
+
+def load(store: SharerCacheStore, inputs: dict[str, Any]) -> list[SharerCache]:
+    batch = TrainingBatch.from_inputs(inputs)
+    return store.load(batch.sharer_input_ids, batch.sharer_attention_mask)
 
 
 def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -39,16 +56,16 @@ def open_model(sharers: int = 1, **fields) -> C2CForCausalLM:
 def test_losses_are_those_of_sharers_that_run(tmp_path: Path, sharers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = open_model(sharers), batch(sharers)
     expected = model(**inputs).loss
-    store = SharerStore(tmp_path, model)
+    store = SharerCacheStore(tmp_path, model)
     # Rows stand in other batches, beside longer and shorter ones, when they are read.
-    store.states(batch(sharers, slice(0, 3)))
-    store.states(batch(sharers, slice(6, 8)))
-    first = model(**inputs, sharer_caches=store.states(inputs)).loss
+    load(store, batch(sharers, slice(0, 3)))
+    load(store, batch(sharers, slice(6, 8)))
+    first = model(**inputs, sharer_caches=load(store, inputs)).loss
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(QUESTIONS) * sharers
     for sharer in model.sharers:
         monkeypatch.setattr(sharer, "forward", refuse)
         monkeypatch.setattr(sharer.base_model, "forward", refuse)
-    second = model(**inputs, sharer_caches=SharerStore(tmp_path, model).states(inputs)).loss
+    second = model(**inputs, sharer_caches=load(SharerCacheStore(tmp_path, model), inputs)).loss
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
     assert torch.equal(first, second)
     with pytest.raises(AssertionError, match="the sharer was run"):
@@ -57,7 +74,7 @@ def test_losses_are_those_of_sharers_that_run(tmp_path: Path, sharers: int, monk
 
 def test_eight_bits_are_near(tmp_path: Path) -> None:
     model, inputs = open_model(), batch()
-    (exact,), (rounded,) = (SharerStore(tmp_path, model, int8).states(inputs) for int8 in (False, True))
+    (exact,), (rounded,) = (load(SharerCacheStore(tmp_path, model, int8), inputs) for int8 in (False, True))
     assert len(list(tmp_path.iterdir())) == 2, "each precision has its own folder"
     for pair, other in zip(cached_states(exact.cache), cached_states(rounded.cache), strict=True):
         for states, near in zip(pair, other, strict=True):
@@ -79,7 +96,7 @@ def test_training_is_the_same_and_goes_on_without_the_sharers(tmp_path: Path) ->
         model = C2CForCausalLM.from_pretrained(tmp_path / "fuser", load_sharers=load_sharers)
         trainer = make_trainer(tmp_path / "run", model, sharer_cache_dir=folder and str(folder), **fields)
         trainer.train()
-        results.append((losses(trainer), fuser_weights(trainer)))
+        results.append((logged_losses(trainer), fuser_weights(trainer)))
     for found, weights in results[1:]:
         assert found == pytest.approx(results[0][0], abs=1e-4)
         for name, value in results[0][1].items():
@@ -118,31 +135,31 @@ def test_a_missing_row_needs_its_sharer(tmp_path: Path) -> None:
     )
     model = C2CForCausalLM.from_pretrained(tmp_path / "fuser", load_sharers=False)
     with pytest.raises(ValueError, match="8 rows of this batch are not in .* their sharer was left out"):
-        SharerStore(tmp_path / "states", model).states(batch())
+        load(SharerCacheStore(tmp_path / "states", model), batch())
 
 
 def test_another_sharer_reads_anew(tmp_path: Path) -> None:
-    store = SharerStore(tmp_path, open_model())
-    store.states(batch())
+    store = SharerCacheStore(tmp_path, open_model())
+    load(store, batch())
     receiver, sharer = base_models()
     with torch.no_grad():
         for parameter in sharer.parameters():
             parameter *= 1.5
     other = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, token_alignment="span", fuser_hidden_size=8)
     before = set(tmp_path.rglob("*.safetensors"))
-    SharerStore(tmp_path, other).states(batch())
+    load(SharerCacheStore(tmp_path, other), batch())
     assert len(set(tmp_path.rglob("*.safetensors")) - before) == len(QUESTIONS)
 
 
 def test_damaged_files_and_fused_answers(tmp_path: Path) -> None:
-    store = SharerStore(tmp_path, open_model())
-    store.states(batch())
+    store = SharerCacheStore(tmp_path, open_model())
+    load(store, batch())
     path = next(tmp_path.rglob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match=f"{path.name}' is damaged .* delete it"):
-        store.states(batch())
+        load(store, batch())
     path.unlink()
-    store.states(batch())
+    load(store, batch())
     assert path.is_file() and not list(tmp_path.rglob("*.part"))
     with pytest.raises(ValueError, match="`sharer_cache_dir` must be None with `fuse_response=True`"):
         make_trainer(tmp_path / "run", tiny_c2c(fuse_response=True), sharer_cache_dir=str(tmp_path))

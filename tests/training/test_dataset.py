@@ -1,58 +1,24 @@
 """Rows of every kind become examples, examples become batches, and bad rows are named."""
 
 import gzip
-import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from tokenizers_for_tests import TURN_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer
+from training_for_tests import CHATS, PROCESSOR, chat_rows, make_processor, write_rows
 
 from c2c_hf import C2CDataCollator, C2CProcessor
-from c2c_hf.training.dataset import DataArguments, prepare_dataset
-from c2c_hf.training.rows import load_rows
+from c2c_hf.training.dataset import load_rows, prepare_dataset
+from c2c_hf.training.recipe import DataArguments
 
-CHATS = [
-    [
-        {"role": "user", "content": "What is the capital of France?"},
-        {"role": "assistant", "content": "Paris."},
-        {"role": "user", "content": "Is the keeper at the café?"},
-        {"role": "assistant", "content": "No, the keeper counted ships."},
-    ],
-    [
-        {"role": "system", "content": "Answer shortly."},
-        {"role": "user", "content": "北京的天空?"},
-        {"role": "assistant", "content": "蓝"},
-    ],
-    [{"role": "user", "content": "Say hello to the ships."}, {"role": "assistant", "content": "hello " * 6}],
-]
 CHOICES = {"id": "q1", "question": "Which {is} blue?", "choices": ["the sky", "grass"], "answer": 1}
-
-
-def make_processor(receiver_template: bool = True, sharers: int = 1) -> C2CProcessor:
-    receiver = byte_level_tokenizer() if receiver_template else byte_level_tokenizer(chat_template=None)
-    others = [metaspace_tokenizer(chat_template=TURN_TEMPLATE), byte_level_tokenizer(350, chat_template=None)]
-    return C2CProcessor.from_receiver_and_sharers(receiver, others[:sharers])
-
-
-PROCESSOR = make_processor()
-
-
-def chat_rows(chats: list = CHATS) -> Dataset:
-    return Dataset.from_list([{"messages": chat} for chat in chats])
 
 
 def texts(example: dict, processor: C2CProcessor = PROCESSOR) -> tuple[str, str]:
     decode = processor.tokenizer.decode
     return decode(example["input_ids"]), decode(example["answer_ids"])
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return str(path)
 
 
 def test_every_assistant_turn_is_an_example() -> None:
@@ -70,7 +36,7 @@ def test_every_assistant_turn_is_an_example() -> None:
 
 
 def test_prompts_are_those_of_the_processor() -> None:
-    """What is trained on is what `generate` gets later."""
+    """Training and generation tokenize a prompt alike."""
     processor = make_processor(sharers=2)
     batch = C2CDataCollator(processor)(list(prepare_dataset(chat_rows([chat[:2] for chat in CHATS[::2]]), processor)))
     expected = processor.apply_chat_template([chat[:1] for chat in CHATS[::2]], padding=True)
@@ -85,7 +51,7 @@ def test_prompts_are_those_of_the_processor() -> None:
 
 
 @pytest.mark.parametrize("sharers", [1, 2])
-def test_batch_equals_rows_alone(sharers: int) -> None:
+def test_batch_equals_single_rows(sharers: int) -> None:
     """Row by row and position by position, without padding."""
     processor = make_processor(sharers=sharers)
     examples = list(prepare_dataset(chat_rows(), processor))
@@ -108,11 +74,11 @@ def test_batch_equals_rows_alone(sharers: int) -> None:
                 for name in ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment")
             )
             assert ids[row][mask[row].bool()].tolist() == example["sharer_input_ids"][index]
-            read = [ids[row, a].item() if a >= 0 else None for a in alignment[row].tolist()]
+            aligned = [ids[row, a].item() if a >= 0 else None for a in alignment[row].tolist()]
             own = example["sharer_input_ids"][index]
             expected = [own[a] if a >= 0 else None for a in example["sharer_alignment"][index]]
-            assert [read[position] for position in real] == expected + [None] * len(answer)
-            assert sum(r is not None for r in read) == sum(e is not None for e in expected) > 0
+            assert [aligned[position] for position in real] == expected + [None] * len(answer)
+            assert sum(a is not None for a in aligned) == sum(e is not None for e in expected) > 0
 
 
 @pytest.mark.parametrize(

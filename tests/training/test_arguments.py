@@ -1,0 +1,26 @@
+"""The fields of a training run: their checks, presets and defaults."""
+
+from pathlib import Path
+
+import pytest
+
+from c2c_hf import C2CTrainingArguments
+
+
+def test_arguments_check_themselves(tmp_path: Path) -> None:
+    for field, value, message in (
+        ("preset", "best", r"`preset` must be one of \['default', 'paper'\], but got 'best'"),
+        ("gate_noise", "normal", "`gate_noise` must be one of .*'normal'"),
+        ("min_fused_fraction", 0.0, r"`min_fused_fraction` must be in \(0, 1\], but got 0.0"),
+        ("guard_weight", -1.0, "`guard_weight` must be at least 0, but got -1.0"),
+        ("max_length", 1, "`max_length` must be at least 2, but got 1"),
+        ("remove_unused_columns", True, "`remove_unused_columns` must be False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            C2CTrainingArguments(str(tmp_path), use_cpu=True, **{field: value})
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` must be at least 2, but got 1"):
+        C2CTrainingArguments(str(tmp_path), use_cpu=True, guard_weight=1.0, per_device_train_batch_size=1)
+    assert C2CTrainingArguments(str(tmp_path), use_cpu=True).gate_noise == "logistic"
+    paper = C2CTrainingArguments(str(tmp_path), use_cpu=True, preset="paper")
+    assert (paper.gate_noise, paper.min_fused_fraction, paper.guard_weight) == ("gumbel", 1.0, 0.0)
+    assert C2CTrainingArguments(str(tmp_path), use_cpu=True, preset="paper", gate_noise="none").gate_noise == "none"

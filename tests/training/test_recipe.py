@@ -1,0 +1,117 @@
+"""Recipes and `c2c train`."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from training_for_tests import CHATS, PROCESSOR, QUESTIONS, save_pair, write_rows
+
+from c2c_hf import C2CForCausalLM
+from c2c_hf.checkpoints.receiver_adapter import ADAPTER_FOLDER, has_adapter
+from c2c_hf.cli.main import main
+from c2c_hf.training.recipe import ModelArguments, parse_recipe
+
+
+@pytest.fixture
+def saved_pair(tmp_path: Path) -> tuple[str, str]:
+    return save_pair(tmp_path)
+
+
+def test_command_line(tmp_path: Path, saved_pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "receiver": saved_pair[0],
+        "sharers": [saved_pair[1]],
+        "fuser_hidden_size": 8,
+        "fuser_intermediate_size": 8,
+        "train_data": [write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS + QUESTIONS])],
+        "eval_data": [write_rows(tmp_path / "eval.jsonl", [{"messages": chat} for chat in QUESTIONS[:2]])],
+        "eval_strategy": "epoch",
+        "max_length": 128,
+        "max_steps": 100,
+        "use_cpu": True,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config) + "learning_rate: 1e-3\n")
+    output = tmp_path / "fuser"
+    words = ["train", str(tmp_path / "config.yaml"), "--max_steps", "2", "--output_dir", str(output)]
+    assert main(words) == 0
+    assert "Saved the fuser" in capsys.readouterr().out
+    model = C2CForCausalLM.from_pretrained(output)
+    assert model.config.sharers[0].fuser_hidden_size == 8
+    assert type(PROCESSOR).from_pretrained(output)("hello")["input_ids"].shape[0] == 1
+    assert json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["max_steps"] == 2
+    for resume in ("auto", "true", str(output / "checkpoint-2")):
+        assert main([*words, "--max_steps", "3", "--resume_from_checkpoint", resume]) == 0
+        assert (output / "checkpoint-3").is_dir()
+    assert main([*words, "--train_data", "missing.jsonl"]) == 1
+    assert "'missing.jsonl' does not exist" in capsys.readouterr().err
+    assert main([*words, "--learning_rat", "1"]) == 1
+    assert "--learning_rat" in capsys.readouterr().err
+
+
+def test_command_line_of_the_baseline(
+    tmp_path: Path, saved_pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`c2c train` with `lora_rank` and `train_fuser: false`: the baseline, end to end."""
+    data = write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in QUESTIONS])
+    config = {"receiver": saved_pair[0], "sharers": [saved_pair[1]], "train_data": [data], "use_cpu": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "max_steps": 2, "train_fuser": False}))
+    words = ["train", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "run"), "--lora_rank", "4"]
+    assert main(words) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / ADAPTER_FOLDER / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, saved_pair[0])
+    assert has_adapter(C2CForCausalLM.from_pretrained(tmp_path / "run").receiver)
+    assert main([*words[:-2]]) == 1
+    assert "leaves nothing to train" in capsys.readouterr().err
+
+
+def test_fields_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "demo_pair: true\ntrain_data: [a.jsonl]\nlearning_rate: 1e-3\nbf16: false\nmax_steps: 10\nuse_cpu: true\n"
+        "chat_template_kwargs: {enable_thinking: false}\n"
+    )
+    words = "--max-steps 20 --train_data b.jsonl c.jsonl --streaming --gate_noise none --no_tf32".split()[:-1]
+    model, data, arguments = parse_recipe(path, [*words, "--output_dir", str(tmp_path)])
+    assert isinstance(model, ModelArguments) and model.demo_pair
+    assert data.train_data == ["b.jsonl", "c.jsonl"] and data.streaming
+    assert data.chat_template_kwargs == {"enable_thinking": False}
+    assert (arguments.learning_rate, arguments.max_steps, arguments.gate_noise) == (1e-3, 20, "none")
+    assert not arguments.bf16 and arguments.weight_decay == 0.01
+    for content, message in (
+        ("learning_rte: 1", "unknown fields: learning_rte"),
+        ("- a", "must hold `field: value` lines"),
+        ("learning_rate: fast\ndemo_pair: true", "learning_rate.*'fast'"),
+        ("max_steps: 1", "Name one pair"),
+        ("demo_pair: true\nload_sharers: false", "`load_sharers: false` needs a `fuser`"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            parse_recipe(path)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "smollm2-gemma3"])
+def test_recipes(recipe: str) -> None:
+    path = Path(__file__).parents[2] / "examples" / "recipes" / f"{recipe}.yaml"
+    model, data, arguments = parse_recipe(path, ["--use_cpu", "--bf16", "false"])
+    if recipe == "paper":
+        assert (model.receiver, model.sharers) == ("Qwen/Qwen3-0.6B", ["Qwen/Qwen2.5-0.5B-Instruct"])
+        assert (arguments.max_steps, arguments.learning_rate, arguments.weight_decay) == (1929, 1e-4, 0.01)
+        assert (arguments.gate_noise, arguments.seed, arguments.get_warmup_steps(1929)) == ("gumbel", 42, 193)
+        assert 8 * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 256
+        assert data.train_split == "train[:500000]"
+    else:
+        assert model.demo_pair and model.config_fields()["fuser_hidden_size"] == 64
+
+
+def test_example_script(tmp_path: Path, saved_pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[2] / "examples" / "train.py"
+    assert len(path.read_text().splitlines()) < 60
+    data = write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in QUESTIONS])
+    words = ["--receiver", saved_pair[0], "--sharer", saved_pair[1], "--train-data", data, "--max-steps", "2"]
+    output = tmp_path / "fuser"
+    monkeypatch.setattr(sys, "argv", [str(path), *words, "--hidden-size", "8", "--output-dir", str(output)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert (output / "model.safetensors").is_file() and (output / "checkpoint-2").is_dir()

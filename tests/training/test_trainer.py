@@ -1,0 +1,197 @@
+"""Training: what changes and what does not, gates, logs, precisions."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from training_for_tests import (
+    PROCESSOR,
+    QUESTIONS,
+    base_models,
+    chat_rows,
+    fuser_weights,
+    logged_losses,
+    make_model,
+    make_trainer,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from c2c_hf import C2CDataCollator, C2CForCausalLM, C2CTrainer, C2CTrainingArguments
+from c2c_hf.fusers.c2c import Gate
+from c2c_hf.training.dataset import prepare_dataset
+
+
+@pytest.mark.parametrize("sharers", [1, 2])
+@pytest.mark.parametrize("fusion_mode", ["parallel", "sequential"])
+def test_the_fuser_changes_and_nothing_else(tmp_path: Path, sharers: int, fusion_mode: str) -> None:
+    model = make_model(sharers, fusion_mode=fusion_mode)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    configs = [str(base.config) + str(base.generation_config) for base in (model.receiver, *model.sharers)]
+    trainer = make_trainer(tmp_path, model, max_steps=3, learning_rate=1e-2, warmup_steps=0)
+    trainer.train()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) != name.startswith("fuser."), name
+        assert value.requires_grad == name.startswith("fuser."), name
+    assert [str(base.config) + str(base.generation_config) for base in (model.receiver, *model.sharers)] == configs
+    assert not model.receiver.training
+    optimized = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    assert optimized == sum(p.numel() for p in model.fuser.parameters())
+
+
+def test_memorizes_the_training_data(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        make_model(fuser_hidden_size=64, fuser_intermediate_size=64, fuser_dropout=0.0),
+        max_steps=80,
+        per_device_train_batch_size=8,
+        learning_rate=2e-2,
+    )
+    receiver_loss = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    fused = trainer.evaluate()
+    with trainer.model.disable_fusion():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(receiver_loss), "as with the untrained fuser"
+    assert logged_losses(trainer)[-1] < logged_losses(trainer)[0] - 1.5
+    assert fused["eval_loss"] < receiver_loss - 1.5, "hard gates agree with the noisy ones"
+
+
+def test_gradient_accumulation_changes_nothing(tmp_path: Path) -> None:
+    runs = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            tmp_path,
+            make_model(fuser_dropout=0.0),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+            gate_noise="none",
+            learning_rate=1e-2,
+        )
+        trainer.train()
+        runs.append(logged_losses(trainer))
+    torch.testing.assert_close(*map(torch.tensor, runs), atol=1e-4, rtol=0)
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory(tmp_path: Path) -> None:
+    """Noise and dropout are the same in the recomputation; base models are not checkpointed."""
+    known = {field.name for field in dataclasses.fields(C2CTrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    kept: list[int] = []
+    results = []
+    for checkpointing in (False, True):
+        kept.append(0)
+        trainer = make_trainer(tmp_path, **{name: checkpointing}, max_steps=3, seed=5)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            trainer.train()
+        results.append((logged_losses(trainer), fuser_weights(trainer)))
+    (plain, weights), (twice, others) = results
+    assert plain == twice and all(torch.equal(weights[name], others[name]) for name in weights)
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_temperature_and_other_logs(tmp_path: Path) -> None:
+    model = make_model(initial_gate_temperature=2.0, final_gate_temperature=0.02)
+    trainer = make_trainer(tmp_path, model, num_train_epochs=2, gradient_accumulation_steps=2)
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(float(model.fuser[0].gate_temperature)))
+    trainer.train()
+    expected = [2.0 * 0.01 ** (step / 4) for step in range(4)]
+    assert seen == pytest.approx([t for t in expected for _ in range(2)])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["gate_temperature"] for entry in logs] == pytest.approx(expected)
+    for entry in logs:
+        assert 0 < entry["mean_weight"] < 1
+        assert entry["tokens_per_second"] > 0
+    assert {entry["gates_open_key"] for entry in logs} <= {0, 0.5, 1}
+    assert logs[-1]["gates_open_key"] == trainer.gates_open()["gates_open_key"]
+    with torch.no_grad():
+        for group in model.fuser[0].groups:
+            group.gate.gate_logit.copy_(torch.tensor([1.0 if entry < 2 else -1.0 for entry in group.entries]))
+    assert trainer.gates_open() == {"gates_open_key": 1.0, "gates_open_value": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("noise", "share"),
+    [("gumbel", 1 - math.exp(-1)), ("logistic", 0.5), ("none", None)],
+    ids=["gumbel", "logistic", "none"],
+)
+def test_gate_noise(noise: str, share: float | None) -> None:
+    gate = Gate(1)
+    assert gate.gate_noise == "gumbel", "the reference's"
+    gate.gate_noise = noise
+    torch.manual_seed(0)
+    gates = gate.soft(100_000, 1, torch.tensor(1e-3))
+    assert torch.isfinite(gates).all()
+    if share is None:
+        assert (gates == 0.5).all()
+    else:
+        assert float((gates > 0.5).float().mean()) == pytest.approx(share, abs=0.01)
+
+
+def test_zero_output_starts_as_the_receiver_with_open_gates(tmp_path: Path) -> None:
+    model = make_model(fuser_initialization="zero_output")
+    trainer = make_trainer(tmp_path, model)
+    assert trainer.gates_open() == {"gates_open_key": 1.0, "gates_open_value": 1.0}
+    fused = trainer.evaluate()["eval_loss"]
+    with model.disable_fusion():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(fused, abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=2, train_sampling_strategy="sequential"
+    )
+    rows = [{**example} for example in trainer.train_dataset]
+    token = next(i for i in rows[5]["answer_ids"] if all(i not in r["input_ids"] + r["answer_ids"] for r in rows[:5]))
+    trainer.train_dataset = rows
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[token] = math.nan
+    with pytest.raises(ValueError, match=r"loss of step 3 is not finite .* row 2 of the batch.*What is short"):
+        trainer.train()
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    assert all(torch.isfinite(p).all() for p in trainer.model.fuser.parameters())
+
+
+def test_streaming_and_bfloat16(tmp_path: Path) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    trainer = make_trainer(tmp_path, model, max_steps=5, bf16=True)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset().shuffle(seed=0, buffer_size=4)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in logged_losses(trainer))
+    assert {p.dtype for p in model.fuser.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.receiver.parameters()} == {torch.bfloat16}
+
+
+def test_response_fusion(tmp_path: Path) -> None:
+    receiver, other = base_models()[0], base_models()[0]
+    torch.manual_seed(7)
+    model = C2CForCausalLM.from_receiver_and_sharers(
+        receiver,
+        other,
+        token_alignment="identity",
+        fuse_response=True,
+        fuser_hidden_size=16,
+        fuser_intermediate_size=16,
+    )
+    processor = type(PROCESSOR).from_receiver_and_sharers(PROCESSOR.tokenizer, PROCESSOR.tokenizer)
+    examples = prepare_dataset(chat_rows(QUESTIONS), processor)
+    args = C2CTrainingArguments(str(tmp_path), use_cpu=True, max_steps=2, save_strategy="no", logging_steps=1)
+    trainer = C2CTrainer(model, args, None, examples, processing_class=processor)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in logged_losses(trainer))
+
+
+def test_trainer_checks_its_arguments(tmp_path: Path) -> None:
+    args = C2CTrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="`model` must be a C2CForCausalLM, but got LlamaForCausalLM"):
+        C2CTrainer(base_models()[0], args)
+    with pytest.raises(ValueError, match="Either `processing_class` or `data_collator`"):
+        C2CTrainer(make_model(), args)
+    assert C2CTrainer(make_model(), args, C2CDataCollator(PROCESSOR)).processing_class is None
