@@ -9,7 +9,7 @@ import tempfile
 from c2c_hf import C2CTrainer, C2CTrainingArguments
 from c2c_hf.demo.local_pair import load_fuser
 from c2c_hf.training.dataset import prepare_dataset
-from c2c_hf.training.rows import load_rows
+from c2c_hf.training.dataset import load_rows
 
 
 def main() -> None:

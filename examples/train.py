@@ -17,8 +17,7 @@ from transformers import set_seed
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
 from c2c_hf.demo.local_pair import local_pair
-from c2c_hf.training.dataset import prepare_dataset
-from c2c_hf.training.rows import load_rows
+from c2c_hf.training.dataset import load_rows, prepare_dataset
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from ..inference.prefill import (
 )
 from ..inference.token_states import TokenStates
 from ..modeling_c2c import C2CForCausalLM
-from ..training.sharer_cache_store import SharerStore
+from ..training.sharer_cache_store import SharerCacheStore
 
 
 @dataclass
@@ -231,10 +231,12 @@ def benchmark_training_step(
             model.loss_function(logits=logits, labels=labels[:, head:], vocab_size=logits.shape[-1]).backward()
 
     with TemporaryDirectory() as folder:
-        store = SharerStore(folder, model)
+        store = SharerCacheStore(folder, model)
         functions: dict[str, Callable[[], Any]] = {
             "step": step,
-            "stored": lambda: step(sharer_caches=store.states(inputs)),
+            "stored": lambda: step(
+                sharer_caches=store.load([inputs["sharer_input_ids"]], [inputs["sharer_attention_mask"]])
+            ),
             "receiver": lambda: prefill(model.receiver, full_length_cache(), ids[:, :head], **read),
             "sharers": lambda: _read_sharers(model, inputs),
             "fuser": fuser,

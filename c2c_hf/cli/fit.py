@@ -39,8 +39,8 @@ def add_fit_command(commands: Any, positive: Callable[[str], int]) -> None:
     fit.add_argument(
         "--questions",
         metavar="FILE",
-        help="with the columns sharer_context, question, choices and answer: the maps are stretched as far as it "
-        "helps to answer them (default: not at all)",
+        help="with the columns sharer_context, question, choices and answer: the variance of the "
+        "maps' output is scaled as answers them best (default: it is not)",
     )
     fit.add_argument("--max-questions", type=positive, default=60, metavar="N", help="of them (default 60)")
     fit.add_argument("--max-length", type=positive, default=512, metavar="N", help="tokens of a text (default 512)")
@@ -53,7 +53,7 @@ def _fit(parsed: argparse.Namespace) -> None:
     from ..checkpoints.base_models import load_base_model
     from ..demo.local_pair import local_pair
     from ..fitting.ridge import fit_ridge
-    from ..fitting.variance_scaling import choose_stretch
+    from ..fitting.variance_scaling import choose_variance_scale
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
@@ -88,8 +88,9 @@ def _fit(parsed: argparse.Namespace) -> None:
     if best is not None:
         _, model, report = best
         if questions is not None:
-            # Only what is kept, since stretching answers all questions several times.
-            print(f"Stretched by the power {choose_stretch(model, processor, report, questions):g}.")
+            # Only for the fuser that is kept, since all questions are answered several times.
+            power = choose_variance_scale(model, processor, report, questions)
+            print(f"Scaled the variance by the power {power:g}.")
         print("layer  keys   values")
         for layer_idx, pair in enumerate(zip(report.r2_keys, report.r2_values, strict=True)):
             print(f"{layer_idx:5}  {pair[0]:5.3f}  {pair[1]:5.3f}")
@@ -99,7 +100,7 @@ def _fit(parsed: argparse.Namespace) -> None:
 
 
 def _texts(parsed: argparse.Namespace) -> list[str]:
-    from ..training.rows import load_rows
+    from ..training.dataset import load_rows
 
     texts: list[str] = []
     for name in parsed.texts:
@@ -114,7 +115,7 @@ def _texts(parsed: argparse.Namespace) -> list[str]:
 
 
 def _questions(parsed: argparse.Namespace) -> list[dict[str, Any]] | None:
-    from ..training.rows import load_rows
+    from ..training.dataset import load_rows
 
     if parsed.questions is None:
         return None

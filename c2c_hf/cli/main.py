@@ -205,10 +205,10 @@ def _train(parsed: argparse.Namespace) -> None:
     from transformers import set_seed
 
     from ..demo.local_pair import local_pair
-    from ..training.recipe import parse_training_config
+    from ..training.recipe import parse_recipe
     from ..training.trainer import C2CTrainer
 
-    model_arguments, data_arguments, arguments = parse_training_config(parsed.config, parsed.overrides)
+    model_arguments, data_arguments, arguments = parse_recipe(parsed.config, parsed.overrides)
     # The fuser's first weights come before the trainer sets the seed.
     set_seed(arguments.seed)
     model, processor = model_arguments.load(local_pair() if model_arguments.demo_pair else None)

@@ -52,7 +52,7 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1 source layers" in done.stdout and "2 source layers" in done.stdout and "R2" in done.stdout
-    assert done.stdout.count("Stretched by the power") == 1, "only the one that is kept"
+    assert done.stdout.count("Scaled the variance by the power") == 1, "only the one that is kept"
     (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "How many"}), encoding="utf-8")
     refused = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert refused.returncode == 1
