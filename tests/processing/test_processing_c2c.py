@@ -1,5 +1,7 @@
 """`C2CProcessor`: batches, chats, BOS, context, truncation, padding."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from processor_for_tests import CHAT, NAMES, TEXTS, processor, sharer_tokenizer
@@ -67,6 +69,16 @@ def test_one_bos_where_templates_and_texts_write_it() -> None:
     # A template without BOS, for a tokenizer that always writes one.
     assert (p.apply_chat_template(CHAT, sharer_chat_template=CHAT_TEMPLATE)["sharer_input_ids"] == bos).sum() == 1
     assert (p("<bos>hello")["sharer_input_ids"] == bos).sum() == 1
+
+
+def test_one_bos_of_a_receiver_that_writes_it() -> None:
+    receiver = sharer_tokenizer(chat_template=TURN_TEMPLATE)
+    for p in (C2CProcessor(receiver, byte_level_tokenizer()), C2CProcessor(receiver, sharer_tokenizer())):
+        rendered = p.apply_chat_template(CHAT, tokenize=False)
+        assert rendered.startswith("<bos>")
+        # A rendered chat that is tokenized again equals the chat.
+        assert torch.equal(p(rendered)["input_ids"], p.apply_chat_template(CHAT)["input_ids"])
+        assert (p(["hello", rendered])["input_ids"] == receiver.bos_token_id).sum(1).tolist() == [1, 1]
 
 
 def test_span_aligns_the_same_text() -> None:
@@ -177,6 +189,9 @@ def test_truncation_keeps_the_alignment_right(side: str) -> None:
     assert chat["input_ids"].shape[1] == 8 and chat["sharer_input_ids"].shape[1] <= 8
     table = processor("first")(text, truncation=True, max_length=6)
     assert table["input_ids"].shape == (1, 6) and table["sharer_input_ids"].shape == (1, 7)
+    # The receiver's side, also where the sharer's differs.
+    p.sharer_tokenizers[0].truncation_side = "left" if side == "right" else "right"
+    assert torch.equal(p(text, truncation=True, max_length=6)["sharer_input_ids"], batch["sharer_input_ids"])
 
 
 def test_padding_and_return_types() -> None:
@@ -196,6 +211,40 @@ def test_padding_and_return_types() -> None:
     padded = C2CProcessor(receiver, [sharer_tokenizer()])(TEXTS)
     assert padded["input_ids"][0, 0] == receiver.eos_token_id
     assert receiver.pad_token is None
+
+
+def test_calls_change_no_tokenizer() -> None:
+    p = C2CProcessor(byte_level_tokenizer(), [sharer_tokenizer(), sharer_tokenizer(prefix_space=True)], "span")
+    p.tokenizer.truncation_side = "left"
+    tokenizers = [p.tokenizer, *p.sharer_tokenizers]
+
+    def state() -> list[tuple[object, ...]]:
+        return [
+            (t.truncation_side, t.padding_side, t.pad_token, t.chat_template, t.backend_tokenizer.to_str())
+            for t in tokenizers
+        ]
+
+    before = state()
+    p(TEXTS, sharer_context="naïve café", truncation=True, max_length=5, padding="max_length")
+    p.apply_chat_template(CHAT, sharer_chat_template=TURN_TEMPLATE, truncation=True, max_length=9)
+    assert state() == before
+
+
+def test_threads_share_a_processor() -> None:
+    p = processor("span", chat_template=TURN_TEMPLATE)
+    lengths = [None, 3, 5, 8, 13]
+
+    def call(index: int) -> list[torch.Tensor]:
+        length = lengths[index % len(lengths)]
+        kwargs = {} if length is None else {"truncation": True, "max_length": length}
+        texts = p(TEXTS, sharer_context="naïve café", **kwargs)
+        return [*texts.values(), *p.apply_chat_template([CHAT, CHAT[3:]], **kwargs).values()]
+
+    expected = [call(index) for index in range(len(lengths))]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(call, range(400)))
+    for index, result in enumerate(results):
+        assert all(map(torch.equal, result, expected[index % len(lengths)]))
 
 
 @pytest.mark.parametrize("alignment", ["span", "first"])
