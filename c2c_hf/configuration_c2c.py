@@ -339,7 +339,10 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCo
     if config is None or isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict):
-        raise ValueError(f"A nested base model configuration must be a configuration or a dictionary, got {config!r}.")
+        raise ValueError(
+            "`receiver_config` and the `config` of a sharer must be a configuration or a dictionary, but got "
+            f"{config!r}."
+        )
     fields = dict(config)
     if not isinstance(fields.get("model_type"), str):
         raise ValueError("A nested base model configuration needs its `model_type`, but the dictionary has none.")

@@ -9,7 +9,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from threading import Lock
+from typing import Any, TypeAlias, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -103,6 +104,7 @@ _PUSH_ARGUMENTS = (
 )
 #: Models whose fusion is off in the current context, by identity. Other threads and tasks have contexts of their own.
 _fusion_disabled: ContextVar[frozenset[int]] = ContextVar("c2c_fusion_disabled", default=frozenset())
+_count_lock = Lock()
 
 
 #: The receiver's own key/value states, and the logits wanted of them or `None`.
@@ -255,6 +257,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             table = torch.full((size,), -1) if alignment in ("first", "longest") else None
             self.register_buffer(f"token_table_{index}", table)
         self._rotations: list[list[Rotation]] | None = None
+        #: In how many contexts, of all threads, fusion is off.
+        self._num_disabling_contexts = 0
         self.generation_config = receiver.generation_config
         self.config._attn_implementation_internal = receiver.config._attn_implementation
         self.post_init()
@@ -327,7 +331,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs, sharers = self._collect_memory_inputs(inputs, given, cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
-            if attention_mask is not None and attention_mask.dim() == 2:
+            # `generate` gives positions beside masks of other kinds.
+            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 inputs = inputs.with_positions()
 
         # 2. Plan: which positions take states that the receiver does not compute by itself.
@@ -355,19 +360,24 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
 
         # 4. Fill the memory slots, or fuse the receiver's states with the sharers'.
         if isinstance(plan, MemoryPlan):
+            memory_fusers = cast(Sequence[MemoryFuser], self.fuser)
             states = fill_memory_slots(
-                plan, self.fuser, caches, sharers, self.rotations(), inputs, states, self.receiver.dtype
+                plan, memory_fusers, caches, sharers, self.rotations(), inputs, states, self.receiver.dtype
             )
         else:
-            fuse_states(self.fuser, caches, states, plan.tokens, self.config.fusion_mode)
+            fusers = cast(Sequence[C2CFuser], self.fuser)
+            fuse_states(fusers, caches, states, plan.tokens, self.config.fusion_mode)
 
         # 5. These states enter the cache, and the receiver goes on.
         outputs = continue_receiver(
             self.receiver, states, plan.tail_start, plan.tail_mask(), inputs, cache, num_kept, kwargs
         )
-        logits = None if outputs is None else outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
-        if isinstance(plan, FusionPlan):
-            logits = plan.join_logits(clean_logits, logits, first_kept)
+        # Without a tail all wanted logits are those of the unfused pass.
+        logits = cast(torch.Tensor, clean_logits)
+        if outputs is not None:
+            logits = outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
+            if clean_logits is not None and isinstance(plan, FusionPlan):
+                logits = plan.join_logits(clean_logits, logits, first_kept)
         loss = None
         if labels is not None:
             kept_labels = labels[:, labels.shape[1] - logits.shape[1] :].to(logits.device)
@@ -534,7 +544,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def fusion_enabled(self) -> bool:
         """Whether fusion is on in the current context, see [`disable_fusion`]."""
-        return id(self) not in _fusion_disabled.get()
+        # torch.compile traces a number, but no context variable.
+        return self._num_disabling_contexts == 0 or id(self) not in _fusion_disabled.get()
 
     @contextmanager
     def disable_fusion(self) -> Iterator["C2CForCausalLM"]:
@@ -543,9 +554,13 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         Other threads and asynchronous tasks are not affected.
         """
         token = _fusion_disabled.set(_fusion_disabled.get() | {id(self)})
+        with _count_lock:
+            self._num_disabling_contexts += 1
         try:
             yield self
         finally:
+            with _count_lock:
+                self._num_disabling_contexts -= 1
             _fusion_disabled.reset(token)
 
     # ------------------------------------------------------------------ generation
@@ -820,17 +835,14 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         shared_kwargs |= {key: hub_kwargs.get(key) for key in ("token", "cache_dir", "local_files_only")}
         shared_kwargs = {key: value for key, value in shared_kwargs.items() if value is not None}
         all_kwargs = [receiver_kwargs or {}, *kwargs_per_sharer(sharer_kwargs, config.num_sharers)]
-        models = load_base_models(
-            config,
-            receiver,
-            None if sharers is None else _as_list(sharers),
-            [{**shared_kwargs, **own} for own in all_kwargs],
-            load_sharers,
-            verify_base_models,
+        all_kwargs = [{**shared_kwargs, **own} for own in all_kwargs]
+        given_sharers = None if sharers is None else _as_list(sharers)
+        loaded_receiver, loaded_sharers = load_base_models(
+            config, receiver, given_sharers, all_kwargs, load_sharers, verify_base_models
         )
-        model = cls(config, *models[:1], models[1:])
+        model = cls(config, loaded_receiver, loaded_sharers)
         if verify_base_models:
-            verify_weights(config, models, [{**shared_kwargs, **own} for own in all_kwargs])
+            verify_weights(config, [loaded_receiver, *loaded_sharers], all_kwargs)
         weights = load_fuser_weights(name, hub_kwargs)
         check_fuser_weights(weights, model._own_state_dict())
         model.load_state_dict(weights, strict=False)
@@ -964,29 +976,22 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             OSError: The Hub refuses or does not answer, or the disk is full; nothing is committed then.
         """
         if processor is None:
-            names: list[Any] = [
-                self.config.receiver_name_or_path,
-                *(sharer.name_or_path for sharer in self.config.sharers),
-            ]
-            if None in names:
-                raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
-            processor = C2CProcessor.from_receiver_and_sharers(names[0], names[1:], self.config.token_alignments)
+            processor = self._build_processor()
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, with_code=with_code, max_shard_size=max_shard_size)
             processor.save_pretrained(folder, with_code=with_code)
             tags = [tags] if isinstance(tags, str) else tags or ()
             return publish_fuser(folder, repo_id, tags=tags, **kwargs)
 
-    def _processor_of_base_models(self) -> C2CProcessor:
-        receiver, *sharers = [
-            self.config.receiver_name_or_path,
-            *(sharer.name_or_path for sharer in self.config.sharers),
-        ]
-        if receiver is None or None in sharers:
+    def _build_processor(self) -> C2CProcessor:
+        """Build the processor from the recorded names of the base models."""
+        names = [self.config.receiver_name_or_path, *(sharer.name_or_path for sharer in self.config.sharers)]
+        found = [name for name in names if name is not None]
+        if len(found) < len(names):
             raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
         return C2CProcessor.from_receiver_and_sharers(
-            receiver,
-            sharers,
+            found[0],
+            found[1:],
             self.config.token_alignments,
             mode=self.config.mode,
             memory_sink_tokens=self.config.memory_sink_tokens,

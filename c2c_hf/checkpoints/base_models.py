@@ -133,8 +133,8 @@ def load_base_models(
     all_kwargs: Sequence[dict[str, Any]],
     load_sharers: bool,
     verify_revisions: bool,
-) -> list[PreTrainedModel | AbsentSharer]:
-    """Load the base models of a saved fuser, the receiver first.
+) -> tuple[PreTrainedModel, list[PreTrainedModel | AbsentSharer]]:
+    """Load the base models of a saved fuser.
 
     Args:
         config: Records names and revisions.
@@ -143,6 +143,9 @@ def load_base_models(
         all_kwargs: Arguments of each model's own `from_pretrained`.
         load_sharers: Off: the sharers' configurations alone.
         verify_revisions: Compare the revisions found with those recorded.
+
+    Returns:
+        The receiver and the sharers.
 
     Raises:
         ValueError: Their number is wrong, a name is not recorded, or a revision is another one.
@@ -161,13 +164,11 @@ def load_base_models(
         *((sharer.name_or_path, sharer.revision) for sharer in config.sharers),
     ]
     given: list[BaseModel | None] = [receiver, *(sharers or [None] * config.num_sharers)]
-    models: list[PreTrainedModel | AbsentSharer] = []
+    loaded = []
     for index, (handed_over, (name, revision), kwargs) in enumerate(zip(given, recorded, all_kwargs, strict=True)):
-        role = "sharers" if index else "receiver"
         if index and not load_sharers:
-            models.append(AbsentSharer(config.sharers[index - 1].config))
-            continue
-        base = name if handed_over is None else handed_over
+            break
+        role, base = "sharers" if index else "receiver", name if handed_over is None else handed_over
         if base is None:
             raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
         at_revision = {} if handed_over is not None or revision is None else {"revision": revision}
@@ -175,8 +176,9 @@ def load_base_models(
         # A model from elsewhere has commits of its own; its weights are compared.
         if verify_revisions and handed_over is None:
             check_base_model(role, "revision", revision, found, VERIFY_HINT)
-        models.append(model)
-    return models
+        loaded.append(model)
+    absent = [] if load_sharers else [AbsentSharer(sharer.config) for sharer in config.sharers]
+    return loaded[0], [*loaded[1:], *absent]
 
 
 def verify_weights(

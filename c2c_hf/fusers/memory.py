@@ -1,7 +1,6 @@
-"""The fuser of memory mode: a sharer's states of a context become key/value states that the receiver attends to."""
+"""The fuser of memory mode: maps a sharer's key/value states of a context to the receiver's."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,18 +10,18 @@ from .grouped_linear import GroupedLinear, GroupedRMSNorm
 
 
 def source_layers(num_receiver_layers: int, num_sharer_layers: int, count: int) -> list[list[int]]:
-    """Say which sharer layers each receiver layer is made from: `count` neighbours around its relative depth."""
+    """Return the source layers of each receiver layer: `count` neighbours around its relative depth."""
     count = min(count, num_sharer_layers)
-    centres = layer_mapping(num_receiver_layers, num_sharer_layers, "depth_normalized")
-    starts = [min(max(0, centre - count // 2), num_sharer_layers - count) for centre in centres]
+    centers = layer_mapping(num_receiver_layers, num_sharer_layers, "depth_normalized")
+    starts = [min(max(0, center - count // 2), num_sharer_layers - count) for center in centers]
     return [list(range(start, start + count)) for start in starts]
 
 
 class MemoryGroup(nn.Module):
-    """Receiver layers of equal shapes, whose maps run as one stack.
+    """Receiver layers of equal shapes, whose maps run as one group.
 
-    Each map is affine, of full rank or through a bottleneck of `rank`, with an optional residual network beside it
-    that starts at zero, so that a map fitted in closed form is where training begins.
+    Each map is affine, of full rank or through a bottleneck of `rank`, plus an optional residual
+    network that starts at zero, so that training starts from the map as fitted in closed form.
 
     Args:
         layers: The receiver layers.
@@ -62,8 +61,9 @@ class MemoryFuser(nn.Module):
             `memory_hidden_size`.
         sharer: Sharer layer shapes.
 
-    The buffers `sharer_scales` and `receiver_scales` hold a typical size of the states, every layer's keys, then every
-    layer's values: the maps work on states of about unit size, so that one penalty and one learning rate suit all.
+    The buffers `sharer_scales` and `receiver_scales` hold the root mean square of the states, every layer's keys, then
+    every layer's values: the maps work on states of about unit size, so that one penalty and one learning rate suit
+    all.
     """
 
     sharer_scales: torch.Tensor
@@ -71,14 +71,14 @@ class MemoryFuser(nn.Module):
 
     def __init__(self, config: C2CConfig, sharer: SharerConfig) -> None:
         super().__init__()
-        receiver_shapes, sharer_shapes = config.receiver_layer_shapes, sharer.layer_shapes
+        receiver_shapes, sharer_shapes = config.receiver_layer_shapes or [], sharer.layer_shapes or []
         #: (num_key_value_heads, key head_dim, value head_dim) of every receiver layer.
         self.receiver_shapes = [(int(heads), int(key), int(value)) for heads, key, value in receiver_shapes]
         #: Heads x head_dim of every sharer layer's keys, then of every layer's values.
         self.entry_widths = [int(shape[0] * shape[i]) for i in (1, 2) for shape in sharer_shapes]
         shared = config.memory_shared_bottleneck
         count = len(sharer_shapes) if shared else config.memory_source_layers
-        #: The sharer layers that each receiver layer is made from.
+        #: The source layers of each receiver layer.
         self.sources = source_layers(len(receiver_shapes), len(sharer_shapes), count)
         self.register_buffer("sharer_scales", torch.ones(2 * len(sharer_shapes)))
         self.register_buffer("receiver_scales", torch.ones(2 * len(receiver_shapes)))
@@ -92,12 +92,12 @@ class MemoryFuser(nn.Module):
             width = width if self.down_proj is None else self.down_proj.out_features
             groups.setdefault((width, heads * (key_dim + value_dim)), []).append(layer_idx)
         own_rank = None if shared else rank
-        self.groups: Any = nn.ModuleList(
+        self.groups: Sequence[MemoryGroup] = nn.ModuleList(  # type: ignore[assignment]
             MemoryGroup(layers, *shape, own_rank, hidden_size) for shape, layers in groups.items()
         )
 
     def features(self, sharer_states: Sequence[torch.Tensor], layer_idx: int) -> torch.Tensor:
-        """Return what a receiver layer, or the bottleneck in front of all of them, is made from.
+        """Return the input features of a receiver layer, or of the bottleneck that all layers share.
 
         Args:
             sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, free of position, then every
@@ -109,11 +109,11 @@ class MemoryFuser(nn.Module):
         """
         entries, scales = self.entries(layer_idx), self.sharer_scales
         sizes = torch.cat([scales[i].expand(self.entry_widths[i]) for i in entries])
-        # In place: with all layers of a sharer this is the largest tensor of all.
+        # In place: with all layers of a sharer this is the largest tensor.
         return torch.cat([sharer_states[i].to(scales.dtype) for i in entries], dim=-1).div_(sizes)
 
     def entries(self, layer_idx: int) -> list[int]:
-        """Return which of the sharer's entries the features of a receiver layer consist of, in order."""
+        """Return the sharer's entries that make up the features of a receiver layer, in order."""
         num_layers = len(self.sharer_scales) // 2
         return [i for source in self.sources[layer_idx] for i in (source, num_layers + source)]
 
@@ -125,7 +125,7 @@ class MemoryFuser(nn.Module):
         return None if group.down_proj is None else group.down_proj.weight.shape[1]
 
     def forward(self, sharer_states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Make the receiver's states of a context.
+        """Map a sharer's states of a context to the receiver's.
 
         Args:
             sharer_states: As in [`MemoryFuser.features`].
@@ -134,7 +134,7 @@ class MemoryFuser(nn.Module):
             Per receiver layer its keys, free of position, and values: `(num_tokens, num_key_value_heads, head_dim)`.
         """
         num_layers = len(self.receiver_shapes)
-        states: list[Any] = [None] * num_layers
+        states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         shared = None if self.down_proj is None else self.down_proj(self.features(sharer_states, 0))
         for group in self.groups:
             common = shared
@@ -144,17 +144,17 @@ class MemoryFuser(nn.Module):
                 features = torch.stack([self.features(sharer_states, layer_idx) for layer_idx in group.layers])
             else:
                 features = common.expand(len(group.layers), *common.shape)
-            made = group(features)
-            # Powers of two, which every precision holds.
-            sized = made * self._sizes(group).to(made)
-            for layer_idx, own in zip(group.layers, sized.unbind(0), strict=True):
+            mapped = group(features)
+            # Powers of two, which every dtype represents exactly.
+            scaled = mapped * self._sizes(group).to(mapped)
+            for layer_idx, own in zip(group.layers, scaled.unbind(0), strict=True):
                 heads, key_dim, value_dim = self.receiver_shapes[layer_idx]
                 keys, values = own.split([heads * key_dim, heads * value_dim], dim=-1)
                 states[layer_idx] = (keys.unflatten(-1, (heads, key_dim)), values.unflatten(-1, (heads, value_dim)))
-        return states
+        return [states[layer_idx] for layer_idx in range(num_layers)]
 
     def _sizes(self, group: MemoryGroup) -> torch.Tensor:
-        """Return `receiver_scales` of what a group makes, `(num_layers, 1, out_features)`."""
+        """Return `receiver_scales` of a group's outputs, `(num_layers, 1, out_features)`."""
         rows = []
         for layer_idx in group.layers:
             heads, *dims = self.receiver_shapes[layer_idx]

@@ -1,4 +1,4 @@
-"""Short hashes by which a model's weights, a vocabulary and a text are told from others."""
+"""Short hashes that identify a model's weights, a vocabulary and a text."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ _COMPARABLE = (torch.bfloat16, torch.float32, torch.float64)
 
 
 class SharerSource(NamedTuple):
-    """Which sharer has read something; what is `None` is not compared.
+    """The sharer that computed a cache; fields that are `None` are not compared.
 
     Attributes:
         fingerprint: Of its weights, see [`fingerprint`].
@@ -26,13 +26,13 @@ class SharerSource(NamedTuple):
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str | None:
-    """Hash a sample of a model's weights, so that a fuser meets the models that it was trained with.
+    """Hash a sample of a model's weights, to compare a base model with the one that a fuser was trained with.
 
     The sample is rounded to bfloat16: loading the same weights in float32 or bfloat16 gives the same hash.
 
     Returns:
-        16 hexadecimal digits; `None` for weights that are quantized, not in memory or in float16, whose rounding
-        cannot be told from other weights.
+        16 hexadecimal digits; `None` for weights that are quantized, not in memory or in float16, where rounding
+        cannot be distinguished from other weights.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return None
@@ -51,7 +51,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def text_hash(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> str:
-    """Hash a batch of tokens; what stands at padding makes no difference. 64 hexadecimal digits.
+    """Hash a batch of tokens, ids at padding left out. 64 hexadecimal digits.
 
     Args:
         input_ids: `(batch_size, seq_len)`.

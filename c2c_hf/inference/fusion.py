@@ -49,20 +49,17 @@ class FusionPlan:
         mask |= torch.arange(self.seq_len) < self.row_starts.unsqueeze(1)
         return mask[:, self.tail_start :]
 
-    def join_logits(self, clean: torch.Tensor | None, tail: torch.Tensor | None, first_kept: int) -> torch.Tensor:
+    def join_logits(self, clean: torch.Tensor, tail: torch.Tensor, first_kept: int) -> torch.Tensor:
         """Take each row's logits from the unfused pass up to its own start and from the tail behind it.
 
         Args:
-            clean: `(batch_size, end - first_kept, vocab_size)` of the unfused pass, or `None`.
-            tail: `(batch_size, num_tail_logits, vocab_size)`, the last positions; `None` where the tail is empty.
+            clean: `(batch_size, end - first_kept, vocab_size)`, of the unfused pass.
+            tail: `(batch_size, num_tail_logits, vocab_size)`, of the last positions.
             first_kept: First position whose logits are wanted.
 
         Returns:
             `(batch_size, seq_len - first_kept, vocab_size)`.
         """
-        if clean is None or tail is None:
-            (only,) = (logits for logits in (clean, tail) if logits is not None)
-            return only
         tail_first = self.seq_len - tail.shape[1]
         head, overlap = clean[:, : tail_first - first_kept], clean[:, tail_first - first_kept :]
         columns = torch.arange(tail_first, self.end)
@@ -212,7 +209,8 @@ class TokenStates:
         """
         for index, entry_change in zip(indices, change.unbind(0), strict=True):
             states = self._entries[index].transpose(1, 2)
-            added = entry_change.to(states.device).unflatten(-1, states.shape[2:])
+            # Under autocast a float32 model has keys in float32, because of their rotation, beside values in bfloat16.
+            added = entry_change.to(states).unflatten(-1, states.shape[2:])
             where: tuple[torch.Tensor | slice, ...]
             if self._columns is None:
                 where = self._index_on(states.device)

@@ -63,14 +63,18 @@ class ReceiverInputs:
             return torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
         return self.attention_mask[:, -self.seq_len :]
 
-    def with_positions(self, past_length: int = 0) -> "ReceiverInputs":
-        """Return the inputs with position ids counted from the mask, unless they have some."""
+    def positions(self, past_length: int = 0) -> torch.Tensor:
+        """Return the position ids, `(batch_size, seq_len)`, counted from the mask where there are none."""
         if self.position_ids is not None:
-            return self
+            return self.position_ids
         mask = self.attention_mask
         if mask is None:
             mask = torch.ones(self.batch_size, past_length + self.seq_len, device=self.tokens.device)
-        return replace(self, position_ids=position_ids_from_mask(mask)[:, -self.seq_len :])
+        return position_ids_from_mask(mask)[:, -self.seq_len :]
+
+    def with_positions(self, past_length: int = 0) -> "ReceiverInputs":
+        """Return the inputs with position ids, see [`ReceiverInputs.positions`]."""
+        return replace(self, position_ids=self.positions(past_length))
 
     def columns(self, start: int, end: int) -> "ReceiverInputs":
         """Return the new tokens from `start` to `end`; the mask covers the past and everything before `end`."""
@@ -149,9 +153,9 @@ def collect_fusion_inputs(
         ValueError: Inputs are missing or do not fit.
     """
     if given.input_ids is None:
-        is_continued = isinstance(cache, C2CCache) and cache.clean_cache is not None
-        if config.fuse_response and is_continued and receiver.input_ids is not None:
-            return _continued_inputs(token_tables, receiver, cache)
+        if config.fuse_response and isinstance(cache, C2CCache) and cache.clean_cache is not None:
+            if receiver.input_ids is not None:
+                return _continued_inputs(token_tables, receiver, cache)
         # The length of a static cache waits for the device: a decoded token is recognized without it.
         if (receiver.seq_len <= 1 and not config.fuse_response) or cached_length(cache) > 0:
             return []

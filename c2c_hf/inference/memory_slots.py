@@ -133,11 +133,10 @@ def prefill_head_tokens(
     """
     if plan.heads.shape[1] == 0:
         return []
-    input_ids, position_ids = inputs.tokens, inputs.position_ids
-    heads, mask = plan.heads.to(input_ids.device), plan.is_head.to(input_ids.device)
-    positions = None if position_ids is None else position_ids.gather(1, heads)
+    heads, mask = plan.heads.to(inputs.tokens.device), plan.is_head.to(inputs.tokens.device)
+    input_ids, position_ids = inputs.tokens.gather(1, heads), inputs.positions().gather(1, heads)
     cache = full_length_cache()
-    prefill(receiver, cache, input_ids.gather(1, heads), mask.long(), positions, with_gradient=with_gradient)
+    prefill(receiver, cache, input_ids, mask.long(), position_ids, with_gradient=with_gradient)
     return cached_states(cache)
 
 
@@ -177,7 +176,7 @@ def fill_memory_slots(
             sharer_cache, sharer_rotations[index], sharers[index].positions(), rows, positions
         )
         device = next(fuser.parameters()).device
-        slots = _pick(inputs.position_ids, rows, columns)
+        slots = _pick(inputs.positions(), rows, columns)
         where = (rows.to(device), columns.to(device))
         for layer_idx, (keys, values) in enumerate(fuser([token_states.to(device) for token_states in tokens])):
             keys = receiver_rotations[layer_idx].apply(keys, slots)

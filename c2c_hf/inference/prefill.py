@@ -50,7 +50,7 @@ def cached_states(cache: Cache) -> LayerStates:
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device on which a model expects its ids, also when its layers are spread over several."""
-    return model.get_input_embeddings().weight.device
+    return model.get_input_embeddings().weight.device  # type: ignore[operator]
 
 
 def check_length(role: str, model: PreTrainedModel, length: int) -> None:

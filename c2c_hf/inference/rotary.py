@@ -1,4 +1,4 @@
-"""Rotary positions of a model's cached keys: taken out, and put in at another position."""
+"""Rotary positions of cached keys: removed, and applied at another position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from transformers import PreTrainedModel
 from .._compat import accepts_argument
 from .prefill import LayerStates, cached_states, full_length_cache, input_device, prefill
 
-#: Positions at which a model is asked how its keys turn. The last one tells slow frequencies apart.
+#: Positions at which a model's keys are compared. The last one distinguishes slow frequencies.
 _PROBED_POSITIONS = (0, 1, 7, 61)
-#: Largest relative error of a recognized rotation: that of keys in bfloat16.
+#: Largest relative error of a recognized rotation: the rounding of keys in bfloat16.
 _TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """How the keys of one layer turn with their position.
+    """The rotary embedding of one layer's keys.
 
     Attributes:
-        inv_freq: `(num_pairs,)`, angle per position of each pair of dimensions; empty for keys that do not turn.
-            Dimensions behind the pairs stay as they are.
-        scaling: Factor on the turned dimensions.
+        inv_freq: `(num_pairs,)`, angle per position of each pair of dimensions; empty for keys without
+            rotary position. Dimensions behind the pairs stay as they are.
+        scaling: Factor on the rotated dimensions.
         interleaved: Pairs are neighbours (0, 1), (2, 3), ...; else the first half goes with the second.
     """
 
@@ -32,7 +32,7 @@ class Rotation:
     interleaved: bool = False
 
     def apply(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Turn keys that are free of position.
+        """Rotate keys that are free of position.
 
         Args:
             keys: `(num_tokens, num_heads, head_dim)`.
@@ -41,25 +41,25 @@ class Rotation:
         Returns:
             Of the shape and dtype of `keys`.
         """
-        return self._turn(keys, positions, 1.0, self.scaling)
+        return self._rotate(keys, positions, 1.0, self.scaling)
 
     def remove(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Undo [`Rotation.apply`]: keys as cached at these positions become free of position."""
-        return self._turn(keys, positions, -1.0, 1.0 / self.scaling)
+        """Undo [`Rotation.apply`]: make keys as cached at these positions free of position."""
+        return self._rotate(keys, positions, -1.0, 1.0 / self.scaling)
 
-    def _turn(self, keys: torch.Tensor, positions: torch.Tensor, sign: float, scaling: float) -> torch.Tensor:
+    def _rotate(self, keys: torch.Tensor, positions: torch.Tensor, sign: float, scaling: float) -> torch.Tensor:
         num_pairs = len(self.inv_freq)
         if num_pairs == 0:
             return keys
         angles = sign * positions.to(keys.device).float()[:, None] * self.inv_freq.to(keys.device).float()
         cos, sin = (angles.cos() * scaling).unsqueeze(1), (angles.sin() * scaling).unsqueeze(1)
         first, second = self._halves(keys)
-        # As few passes over the keys as there can be: they are many more than the angles.
-        turned = keys.to(torch.float32, copy=True)
-        into_first, into_second = self._halves(turned)
+        # In place: there are many more keys than angles, and passes over them take the time.
+        rotated = keys.to(torch.float32, copy=True)
+        into_first, into_second = self._halves(rotated)
         into_first.mul_(cos).addcmul_(second.float(), sin, value=-1)
         into_second.mul_(cos).addcmul_(first.float(), sin)
-        return turned.to(keys.dtype)
+        return rotated.to(keys.dtype)
 
     def _halves(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of the first and the second dimension of all pairs."""
@@ -71,40 +71,40 @@ class Rotation:
 
 @torch.no_grad()
 def layer_rotations(model: PreTrainedModel, role: str) -> list[Rotation]:
-    """Find out how each cached layer's keys turn, and prove it on the model itself.
+    """Measure the rotary embedding of each cached layer's keys on the model itself.
 
-    A single token attends to nothing but itself, so that its keys at two positions differ by the rotation alone.
+    A single token attends to itself alone, so that its keys at two positions differ by the rotation alone.
 
     Args:
         model: The base model.
         role: `"receiver"` or `"sharers"`, for the error.
 
     Raises:
-        ValueError: Keys turn in a way that is not known here, or one that depends on the length of the text.
+        ValueError: Keys are rotated in an unknown way, or in one that depends on the length of the text.
     """
-    still = Rotation(torch.empty(0))
+    unrotated = Rotation(torch.empty(0))
     probes = [_probe(model, position) for position in _PROBED_POSITIONS] if _has_positions(model) else []
-    candidates = [still, *_candidates(model)]
+    candidates = [unrotated, *_candidates(model)]
     rotations = []
     for layer_idx in range(len(probes[0]) if probes else len(_probe(model, None))):
         layer = [probe[layer_idx] for probe in probes]
         if not layer or not _close([values for _, values in layer], [layer[0][1]] * len(layer)):
-            # No positions, or learned ones, which are in all that a layer computes.
-            rotations.append(still)
+            # No positions, or learned ones, which change the values, too.
+            rotations.append(unrotated)
             continue
         keys = [keys for keys, _ in layer]
         errors = [_error(candidate, keys) for candidate in candidates]
         if min(errors) > _TOLERANCE:
             raise ValueError(
-                f"`{role}`: the keys of {type(model).__name__} turn with their position in a way that "
-                "`mode='memory'` does not know; use `mode='fusion'`."
+                f"`{role}`: the keys of {type(model).__name__} have a rotary position that `mode='memory'` does not "
+                "know; use `mode='fusion'`."
             )
         rotations.append(candidates[errors.index(min(errors))])
     return rotations
 
 
 def describe_rotations(rotations: Sequence[Rotation]) -> dict[str, Any]:
-    """Write rotations as JSON holds them: `kinds`, the different ones, and `layers`, which of them each layer has."""
+    """Encode rotations for JSON: `kinds`, the different ones, and `layers`, the index of each layer's kind."""
     kinds: list[dict[str, Any]] = []
     layers = []
     for rotation in rotations:
@@ -120,10 +120,10 @@ def describe_rotations(rotations: Sequence[Rotation]) -> dict[str, Any]:
 
 
 def read_rotations(description: dict[str, Any]) -> list[Rotation]:
-    """Read what [`describe_rotations`] wrote.
+    """Decode the output of [`describe_rotations`].
 
     Raises:
-        ValueError: It is of another shape.
+        ValueError: It has another format.
     """
     try:
         kinds = [
@@ -134,7 +134,7 @@ def read_rotations(description: dict[str, Any]) -> list[Rotation]:
         ]
         return [kinds[index] for index in description["layers"]]
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"`sharer_rotations` of the configuration is damaged ({error!r}).") from error
+        raise ValueError(f"`rotations` of a sharer in the configuration is damaged ({error!r}).") from error
 
 
 def _has_positions(model: PreTrainedModel) -> bool:
@@ -153,7 +153,7 @@ def _probe(model: PreTrainedModel, position: int | None) -> LayerStates:
 
 
 def _candidates(model: PreTrainedModel) -> list[Rotation]:
-    """Read the rotations off a model's rotary embeddings, in both layouts."""
+    """Return the rotations of a model's rotary embedding modules, in both layouts."""
     found: list[Rotation] = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -166,7 +166,7 @@ def _candidates(model: PreTrainedModel) -> list[Rotation]:
 
 
 def _error(rotation: Rotation, keys: Sequence[torch.Tensor]) -> float:
-    """Return how far a rotation of the keys at position 0 is from those at the other positions, relatively."""
+    """Return the largest relative error of predicting keys at all positions from those at position 0."""
     if 2 * len(rotation.inv_freq) > keys[0].shape[-1]:
         return float("inf")
     start = keys[0].squeeze(2)

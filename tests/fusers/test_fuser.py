@@ -1,4 +1,4 @@
-"""The fuser: stacked entries equal single ones, shut gates cost nothing, training noise, gradients."""
+"""The fuser: grouped entries equal single ones, closed gates cost nothing, training noise, gradients."""
 
 import math
 
@@ -12,7 +12,7 @@ import c2c_hf.fusers.c2c as fuser_module
 from c2c_hf import C2CConfig
 from c2c_hf.configuration_c2c import SharerConfig
 from c2c_hf.fusers.c2c import C2CFuser, Gate
-from c2c_hf.fusers.grouped_linear import StackedLinear
+from c2c_hf.fusers.grouped_linear import GroupedLinear
 
 UNEQUAL = [(2, 8, 8), (1, 16, 12), (2, 8, 4)]
 EQUAL = [(2, 8, 8)] * 6
@@ -34,6 +34,18 @@ def random_fuser(receiver=UNEQUAL, sharer=SHARER, **fields) -> C2CFuser:
     return fuser.eval()
 
 
+def changes_of(fuser: C2CFuser, shared, own) -> list[torch.Tensor | None]:
+    """Run a fuser on the states of some tokens; one change per receiver entry, `None` where the gate is closed."""
+    changes: list[torch.Tensor | None] = [None] * len(own)
+    for part in fuser.parts(len(own[0]), own[0].dtype):
+        sharer, receiver = (
+            torch.stack([s[i] for i in indices]) for s, indices in ((shared, part.sources), (own, part.entries))
+        )
+        for entry, change in zip(part.entries, fuser(part, sharer, receiver), strict=True):
+            changes[entry] = change
+    return changes
+
+
 def states(shapes, num_tokens: int = 5, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     keys = [torch.randn(num_tokens, heads * key_dim, dtype=dtype) for heads, key_dim, _ in shapes]
     return keys + [torch.randn(num_tokens, heads * value_dim, dtype=dtype) for heads, _, value_dim in shapes]
@@ -44,7 +56,7 @@ def states(shapes, num_tokens: int = 5, dtype: torch.dtype = torch.float32) -> l
 def test_equals_single_entries(receiver) -> None:
     fuser = random_fuser(receiver)
     own, shared = states(receiver), states(SHARER)
-    changes = fuser(shared, own)
+    changes = changes_of(fuser, shared, own)
     assert any(change is None for change in changes)
     assert any(change is not None for change in changes)
     for entry, change in enumerate(changes):
@@ -61,7 +73,7 @@ def test_equals_single_entries(receiver) -> None:
 
 def run(fuser: C2CFuser, shared, own) -> list[torch.Tensor | None]:
     with torch.no_grad():
-        return fuser(shared, own)
+        return changes_of(fuser, shared, own)
 
 
 def same(one, other) -> bool:
@@ -96,7 +108,7 @@ def count_products(fuser: C2CFuser, receiver, sharer) -> tuple[int, int]:
     """Calls of batched products, and matrices multiplied in them."""
     own, shared = states(receiver), states(sharer)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        fuser(shared, own)
+        changes_of(fuser, shared, own)
     calls = [event for event in profiled.events() if event.name in ("aten::bmm", "aten::baddbmm")]
     matrices = [event.input_shapes[0 if event.name == "aten::bmm" else 1][0] for event in calls]
     waits = [e for e in profiled.events() if e.name in ("aten::item", "aten::_local_scalar_dense", "aten::nonzero")]
@@ -113,12 +125,12 @@ def test_products_do_not_grow_with_layers_and_closed_gates_cost_nothing() -> Non
         with torch.no_grad():
             (group,) = fuser.groups
             group.gate.gate_logit.fill_(1.0)
-        fuser(states(sharer), states(receiver))
+        changes_of(fuser, states(sharer), states(receiver))
         calls, matrices = count_products(fuser, receiver, sharer)
         counts.append(calls)
         with torch.no_grad():
             group.gate.gate_logit[::2] = 0.0
-        changes = fuser(states(sharer), states(receiver))
+        changes = changes_of(fuser, states(sharer), states(receiver))
         assert [change is None for change in changes] == [True, False] * layers
         assert count_products(fuser, receiver, sharer) == (calls, matrices // 2)
         with torch.no_grad():
@@ -174,14 +186,14 @@ def test_entries_in_parts(grad: bool, open_share: float, monkeypatch: pytest.Mon
     (group,) = fuser.groups
     count = len(group.active_entries())
     with torch.set_grad_enabled(grad):
-        whole = fuser(entries, entries)
+        whole = changes_of(fuser, entries, entries)
         for size in (1, 2):
             monkeypatch.setattr(fuser_module, "PART_BYTES", 7 * 8 * 4 * size)
             parts = group.parts(7, torch.float32)
             assert [part.stop - part.start for part in parts] == [size] * (count // size) + [count % size][
                 : count % size
             ]
-            for change, expected in zip(fuser(entries, entries), whole, strict=True):
+            for change, expected in zip(changes_of(fuser, entries, entries), whole, strict=True):
                 assert (change is None) == (expected is None)
                 if change is not None:
                     torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
@@ -208,15 +220,15 @@ def test_made_and_used_in_inference_mode() -> None:
     own, shared = states(UNEQUAL), states(SHARER)
     expected = run(random_fuser(), shared, own)
     with torch.inference_mode():
-        assert same(random_fuser()(shared, own), expected)
+        assert same(changes_of(random_fuser(), shared, own), expected)
 
 
 def test_bfloat16_states_and_float32_parameters() -> None:
     fuser = random_fuser()
     own, shared = states(UNEQUAL), states(SHARER)
     with torch.no_grad():
-        expected = fuser(shared, own)
-        changes = fuser([s.bfloat16() for s in shared], [s.bfloat16() for s in own])
+        expected = changes_of(fuser, shared, own)
+        changes = changes_of(fuser, [s.bfloat16() for s in shared], [s.bfloat16() for s in own])
     assert all(parameter.dtype == torch.float32 for parameter in fuser.parameters())
     for change, reference in zip(changes, expected, strict=True):
         assert (change is None) == (reference is None)
@@ -225,14 +237,16 @@ def test_bfloat16_states_and_float32_parameters() -> None:
             assert (change.float() - reference).abs().max() < 0.1 * reference.abs().max()
     # One copy of the weights in place of two makes no difference.
     with torch.no_grad():
-        assert same(fuser.to(torch.bfloat16)([s.bfloat16() for s in shared], [s.bfloat16() for s in own]), changes)
+        assert same(
+            changes_of(fuser.to(torch.bfloat16), [s.bfloat16() for s in shared], [s.bfloat16() for s in own]), changes
+        )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_reach_every_parameter(autocast: bool) -> None:
     fuser = random_fuser().train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        changes = fuser(states(SHARER), states(UNEQUAL))
+        changes = changes_of(fuser, states(SHARER), states(UNEQUAL))
     sum(change.float().square().sum() for change in changes).backward()
     for name, parameter in fuser.named_parameters():
         assert parameter.grad is not None, name
@@ -254,7 +268,7 @@ def test_training_gates() -> None:
     assert opened[1] == 1.0
     assert opened[2] < 0.01
     assert gate.open_entries() == [1]
-    # Nearly all gates are open or shut at the end of training, and none at its beginning.
+    # Nearly all gates are open or closed at the end of training, and none at its beginning.
     undecided = ((soft > 0.01) & (soft < 0.99)).float().mean()
     assert undecided < 0.01
     early = gate.soft(4000, 2, torch.tensor(1.0))[0]
@@ -288,14 +302,14 @@ def test_dropout_is_for_training() -> None:
     fuser = random_fuser()
     own, shared = states(UNEQUAL), states(SHARER)
     with torch.no_grad():
-        first, second = fuser(shared, own), fuser(shared, own)
+        first, second = changes_of(fuser, shared, own), changes_of(fuser, shared, own)
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for probability, expected in ((0.2, False), (0.0, True)):
         training = random_fuser(fuser_dropout=probability).train()
         for group in training.groups:
             # The gates' noise is not what is looked at.
             group.gate.sample_noise = torch.zeros
-        assert same(training(shared, own), training(shared, own)) is expected
+        assert same(changes_of(training, shared, own), changes_of(training, shared, own)) is expected
 
 
 def test_autocast_at_inference() -> None:
@@ -311,32 +325,32 @@ def test_autocast_at_inference() -> None:
             assert (change - reference).abs().max() < 0.1 * reference.abs().max()
 
 
-def test_a_new_fuser_is_shut() -> None:
+def test_a_new_fuser_is_closed() -> None:
     fuser = build_fuser(UNEQUAL, SHARER, {"fuser_hidden_size": 8, "fuser_intermediate_size": 8}).eval()
     assert not fuser.is_open()
-    assert fuser(states(SHARER), states(UNEQUAL)) == [None] * 6
+    assert changes_of(fuser, states(SHARER), states(UNEQUAL)) == [None] * 6
 
 
-def test_initialisation_is_that_of_linear_layers() -> None:
+def test_initialization_is_that_of_linear_layers() -> None:
     torch.manual_seed(0)
-    stacked = StackedLinear(4, 50, 60)
-    for parameter in stacked.parameters():
+    grouped = GroupedLinear(4, 50, 60)
+    for parameter in grouped.parameters():
         assert parameter.abs().max() <= 50**-0.5
         assert parameter.detach().std() == pytest.approx(50**-0.5 / 3**0.5, rel=0.1)
     x = torch.randn(4, 7, 50)
     for entry in range(4):
-        expected = torch.nn.functional.linear(x[entry], stacked.weight[entry], stacked.bias[entry])
-        torch.testing.assert_close(stacked(x)[entry], expected)
+        expected = torch.nn.functional.linear(x[entry], grouped.weight[entry], grouped.bias[entry])
+        torch.testing.assert_close(grouped(x)[entry], expected)
 
 
 def test_a_new_fuser_starts_as_linear_layers_do() -> None:
     fuser = build_fuser(UNEQUAL, SHARER, {"fuser_hidden_size": 32, "fuser_intermediate_size": 48})
-    stacks = [module for module in fuser.modules() if isinstance(module, StackedLinear)]
-    assert len(stacks) == 9 * len(fuser.groups)
-    for stacked in stacks:
-        bound = stacked.weight.shape[-1] ** -0.5
-        assert 0.9 * bound < stacked.weight.abs().max() <= bound
-        assert stacked.bias is None or 0 < stacked.bias.abs().max() <= bound
+    layers = [module for module in fuser.modules() if isinstance(module, GroupedLinear)]
+    assert len(layers) == 9 * len(fuser.groups)
+    for grouped in layers:
+        bound = grouped.weight.shape[-1] ** -0.5
+        assert 0.9 * bound < grouped.weight.abs().max() <= bound
+        assert grouped.bias is None or 0 < grouped.bias.abs().max() <= bound
     norms = [parameter for name, parameter in fuser.named_parameters() if "norm" in name]
     assert norms
     assert all((norm == 1).all() for norm in norms)

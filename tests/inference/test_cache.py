@@ -1,4 +1,4 @@
-"""The cache: wrapped caches behave as they do alone, fused states stand where they should, reading goes on."""
+"""The cache: wrapped caches behave as by themselves, fused states take their places, sharers' caches are continued."""
 
 import copy
 import importlib.util
@@ -10,8 +10,9 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from c2c_hf import C2CCache
 from c2c_hf._compat import CACHE_ARGUMENT
-from c2c_hf.inference.passing_caches import RecordingCache
-from c2c_hf.inference.prefill import SharerCache, cached_states, full_length_cache, read_text
+from c2c_hf.inference.cache import RecordingCache
+from c2c_hf.inference.prefill import cached_states, full_length_cache
+from c2c_hf.inference.sharer_cache import SharerCache, prefill_sharer
 
 
 def numbered(start: int, length: int, batch: int = 2, shift: float = 0.0) -> torch.Tensor:
@@ -62,7 +63,7 @@ def test_substitution_stays_where_it_is_marked() -> None:
     cache.update(numbered(0, 3), numbered(0, 3), 0)
     fused = [(numbered(3, 2, shift=0.25), numbered(3, 2, shift=0.75))]
     marked = torch.tensor([[True, False], [False, True]])
-    with cache.substituting(fused, marked):
+    with cache.replacing_states(fused, marked):
         keys, values = cache.update(numbered(3, 2), numbered(3, 2), 0)
     cache.update(numbered(5, 1), numbered(5, 1), 0)
     expected = numbered(0, 5)
@@ -82,7 +83,7 @@ def test_substituted_states_enter_through_the_wrapped_cache(name: str) -> None:
         marked = torch.rand(2, length, generator=generator) < 0.5
         own = [(numbered(start, length, shift=0.1 * i), numbered(start, length, shift=-0.1 * i)) for i in range(2)]
         fused = [(numbered(start, length, shift=40 + i), numbered(start, length, shift=50 + i)) for i in range(2)]
-        with wrapped.substituting(fused, marked):
+        with wrapped.replacing_states(fused, marked):
             ours = [wrapped.update(*states, layer_idx) for layer_idx, states in enumerate(own)]
         for layer_idx in range(2):
             where = marked[:, None, :, None]
@@ -95,7 +96,10 @@ def test_substituted_states_enter_through_the_wrapped_cache(name: str) -> None:
 def test_substitution_ends_with_its_context() -> None:
     cache = C2CCache()
     fused = [(numbered(0, 2, shift=0.5), numbered(0, 2, shift=0.5))]
-    with pytest.raises(RuntimeError, match="within"), cache.substituting(fused, torch.ones(2, 2, dtype=torch.bool)):
+    with (
+        pytest.raises(RuntimeError, match="within"),
+        cache.replacing_states(fused, torch.ones(2, 2, dtype=torch.bool)),
+    ):
         raise RuntimeError("within")
     keys, _ = cache.update(numbered(0, 2), numbered(0, 2), 0)
     assert torch.equal(keys, numbered(0, 2))
@@ -226,13 +230,13 @@ def test_reading_on_equals_reading_at_once(name: str) -> None:
     model = tiny_model(name)
     rows = [random_ids(14, seed=1), random_ids(9, seed=2)]
     ids, mask = pad_rows(rows, "left"), pad_rows([torch.ones_like(row) for row in rows], "left")
-    whole = read_text(model, ids, mask)
-    start = read_text(model, ids[:, :8], mask[:, :8])
-    grown = read_text(model, ids, mask, known=start)
+    whole = prefill_sharer(model, ids, mask)
+    start = prefill_sharer(model, ids[:, :8], mask[:, :8])
+    grown = prefill_sharer(model, ids, mask, cached=start)
     assert grown is start
     changed = ids.clone()
     changed[0, 10:] = ids[0, 10:].flip(0)
-    again = read_text(model, ids, mask, known=read_text(model, changed, mask))
+    again = prefill_sharer(model, ids, mask, cached=prefill_sharer(model, changed, mask))
     real = mask.bool()[:, None, :, None]
     for state in (grown, again):
         assert torch.equal(state.input_ids, ids)
@@ -258,15 +262,15 @@ def test_common_prefix() -> None:
 def test_reading_less_than_was_read(name: str) -> None:
     model, ids = tiny_model(name), random_ids(2, 14)
     mask = torch.ones_like(ids)
-    longer = read_text(model, ids, mask)
-    shorter = read_text(model, ids[:, :9], mask[:, :9], known=longer)
+    longer = prefill_sharer(model, ids, mask)
+    shorter = prefill_sharer(model, ids[:, :9], mask[:, :9], cached=longer)
     assert shorter is longer
     assert shorter.input_ids.shape == (2, 9)
-    expected = read_text(model, ids[:, :9], mask[:, :9])
+    expected = prefill_sharer(model, ids[:, :9], mask[:, :9])
     for pair, expected_pair in zip(cached_states(shorter.cache), cached_states(expected.cache), strict=True):
         for states, expected_states in zip(pair, expected_pair, strict=True):
             torch.testing.assert_close(states, expected_states, atol=1e-5, rtol=0)
-    fewer_rows = read_text(model, ids[:1], mask[:1], known=shorter)
+    fewer_rows = prefill_sharer(model, ids[:1], mask[:1], cached=shorter)
     assert fewer_rows is not shorter
     assert fewer_rows.cache.get_seq_length() == 14
 

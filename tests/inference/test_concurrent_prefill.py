@@ -1,4 +1,4 @@
-"""Models that read at the same time: they do, where they may, and nothing changes by it."""
+"""Concurrent prefills: models run at the same time where that is faster, and no result changes."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,16 +8,13 @@ from contextvars import ContextVar
 import pytest
 import torch
 from conftest import random_ids, tiny_c2c, tiny_model
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-import c2c_hf.inference.side_by_side as side_by_side_module
-from c2c_hf import C2CForCausalLM
+import c2c_hf.inference.prefill as prefill_module
+import c2c_hf.modeling_c2c as modeling_module
+from c2c_hf import C2CForCausalLM, SharerCache
 from c2c_hf._compat import CACHE_ARGUMENT
-from c2c_hf.inference.prefill import cached_states
-from c2c_hf.inference.sharer_inputs import SharerText
-from c2c_hf.inference.side_by_side import MOST_TOKENS, side_by_side
+from c2c_hf.inference.prefill import MAX_CONCURRENT_TOKENS, cached_states, run_concurrently
 
 COLOUR: ContextVar[str] = ContextVar("colour")
 
@@ -34,60 +31,47 @@ def two_models() -> list[PreTrainedModel]:
     return [tiny_model("llama"), tiny_model("qwen3")]
 
 
+def run_all(calls: list[Callable], models: list[PreTrainedModel], num_tokens: int = 8) -> list:
+    first, others = run_concurrently(calls[0], calls[1:], models, num_tokens)
+    return [first, *others]
+
+
 def threads_of(models: list[PreTrainedModel], num_tokens: int = 8) -> list[threading.Thread]:
-    return side_by_side([(model, threading.current_thread) for model in models], num_tokens)
+    return run_all([threading.current_thread] * len(models), models, num_tokens)
 
 
 def test_at_the_same_time() -> None:
     meeting = threading.Barrier(3, timeout=60)
 
     def meet() -> threading.Thread:
-        # Nobody passes before all are there.
+        # None passes before all are there.
         meeting.wait()
         return threading.current_thread()
 
-    threads = side_by_side([(model, meet) for model in (*two_models(), tiny_model("gpt2"))], MOST_TOKENS)
+    threads = run_all([meet] * 3, [*two_models(), tiny_model("gpt2")], MAX_CONCURRENT_TOKENS)
     assert threads[0] is threading.current_thread()
     assert len(set(threads)) == 3
     assert not any(thread.is_alive() for thread in threads[1:])
 
 
-WATCHERS: dict[str, Callable[[], AbstractContextManager]] = {
-    "profiler": lambda: profile(activities=[ProfilerActivity.CPU]),
-    "operation counter": lambda: FlopCounterMode(display=False),
-    "default device": lambda: torch.device("cpu"),
-}
-
-
-@pytest.mark.parametrize("name", WATCHERS)
-def test_in_the_thread_that_is_watched(name: str) -> None:
-    models = two_models()
-    with WATCHERS[name]():
-        assert set(threads_of(models)) == {threading.current_thread()}
-    assert len(set(threads_of(models))) == 2
-
-
 CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
-    "hooked": lambda model: model.base_model.layers[0].register_forward_hook(lambda *_: None),
-    "compiled": lambda model: model.compile(),
     "elsewhere": lambda model: model.to("meta"),
     "one thread": lambda model: torch.set_num_threads(1),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_one_after_the_other(name: str) -> None:
+def test_in_turn(name: str) -> None:
     models = two_models()
     CHANGES[name](models[1])
     assert threads_of(models) == [threading.current_thread()] * 2
 
 
-def test_one_after_the_other_where_nothing_is_gained() -> None:
+def test_in_turn_where_nothing_is_gained() -> None:
     models = two_models()
-    assert threads_of(models, MOST_TOKENS + 1) == [threading.current_thread()] * 2
+    assert threads_of(models, MAX_CONCURRENT_TOKENS + 1) == [threading.current_thread()] * 2
     assert threads_of([models[0]] * 2) == [threading.current_thread()] * 2, "one model must not run twice at once"
     assert threads_of(models[:1]) == [threading.current_thread()]
-    assert threads_of([]) == []
 
 
 MODES: dict[str, Callable[[], AbstractContextManager]] = {
@@ -108,7 +92,7 @@ def test_every_thread_has_the_modes_of_the_caller(name: str) -> None:
     COLOUR.set("red")
     models = two_models()
     with MODES[name]():
-        one, other = side_by_side([(model, modes) for model in models], 8)
+        one, other = run_all([modes, modes], models)
     assert one == other
 
 
@@ -116,16 +100,16 @@ def test_every_thread_has_the_modes_of_the_caller(name: str) -> None:
 def test_errors_arrive(failing: int) -> None:
     finished: list[int] = []
 
-    def reading(index: int) -> Callable[[], None]:
-        def read() -> None:
+    def call(index: int) -> Callable[[], None]:
+        def run() -> None:
             if index == failing:
-                raise ValueError(f"reading {index}")
+                raise ValueError(f"prefill {index}")
             finished.append(index)
 
-        return read
+        return run
 
-    with pytest.raises(ValueError, match=f"reading {failing}"):
-        side_by_side([(model, reading(index)) for index, model in enumerate(two_models())], 8)
+    with pytest.raises(ValueError, match=f"prefill {failing}"):
+        run_all([call(0), call(1)], two_models())
     assert finished == [1 - failing]
 
 
@@ -153,18 +137,18 @@ def test_nothing_else_changes(
     receiver: str, sharers: list[str], fields: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[threading.Thread] = []
-    read = SharerText.read
+    prefill_sharer = modeling_module.prefill_sharer
 
-    def noted(*args) -> None:
+    def recorded(*args) -> SharerCache:
         threads.append(threading.current_thread())
-        read(*args)
+        return prefill_sharer(*args)
 
-    monkeypatch.setattr(SharerText, "read", noted)
+    monkeypatch.setattr(modeling_module, "prefill_sharer", recorded)
     model, ids = tiny_c2c(receiver, sharers, **fields), random_ids(2, 11)
     together = outcome(model, ids)
     assert len(threads) == len(sharers)
     assert threading.current_thread() not in threads
-    monkeypatch.setattr(side_by_side_module, "MOST_TOKENS", 0)
+    monkeypatch.setattr(prefill_module, "MAX_CONCURRENT_TOKENS", 0)
     threads.clear()
     apart = outcome(model, ids)
     assert threads == [threading.current_thread()] * len(sharers)

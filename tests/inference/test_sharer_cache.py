@@ -1,4 +1,4 @@
-"""Sharers that run elsewhere: what they have read comes as a file or message, and gives the same answers."""
+"""Sharers that run elsewhere: their caches come as files or messages, and give the same answers."""
 
 import json
 import os
@@ -24,7 +24,7 @@ BATCH = {"input_ids": pad_rows(ROWS, "left"), "attention_mask": pad_rows([torch.
 
 
 def read(model: C2CForCausalLM, inputs: dict[str, torch.Tensor] = BATCH, **kwargs: object) -> list[SharerCache]:
-    """What each sharer reads of the receiver's own tokens, sent as a message."""
+    """The cache of each sharer on the receiver's own tokens, sent as a message."""
     return [
         SharerCache.from_safetensors(
             SharerCache.prefill(sharer, inputs["input_ids"], inputs["attention_mask"]).to_safetensors(**kwargs)
@@ -104,7 +104,7 @@ def test_some_sharers_here_and_some_elsewhere() -> None:
     first, second = read(model)
     for states in ([first, None], [None, second], [first, second]):
         assert_alike(model(**BATCH, sharer_caches=states).logits, expected)
-    with pytest.raises(ValueError, match=r"`sharer_caches` must hold one state per sharer \(2\), but got 1"):
+    with pytest.raises(ValueError, match=r"`sharer_caches` must hold one cache per sharer \(2\), but got 1"):
         model(**BATCH, sharer_caches=first)
     with pytest.raises(TypeError, match="`sharer_caches` must hold `SharerCache`, but got Tensor"):
         model(**BATCH, sharer_caches=[BATCH["input_ids"], None])
@@ -173,7 +173,7 @@ def test_other_texts_are_refused() -> None:
         {name: value[[1, 0, 2]] for name, value in BATCH.items()},
     ):
         for run in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=2)):
-            with pytest.raises(ValueError, match="`sharer_caches`: sharer 0 has read another text"):
+            with pytest.raises(ValueError, match="`sharer_caches`: the cache of sharer 0 is that of another text"):
                 run(**inputs, sharer_caches=state)
     padding = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, 50)
     model(input_ids=padding, attention_mask=BATCH["attention_mask"], sharer_caches=state)
@@ -188,14 +188,14 @@ def test_other_sharers_are_refused() -> None:
     for field in ("revision", "tokenizer_hash"):
         setattr(model.config.sharers[0], field, "a" * 16)
         right.source = SharerSource(**{field: "b" * 16})
-        with pytest.raises(ValueError, match="sharer 0 of this fuser has .* a{16}, .* one with b{16}; let the"):
+        with pytest.raises(ValueError, match="sharer 0 of this fuser has .* a{16}, .* one with b{16}; prefill the"):
             model(**BATCH, sharer_caches=right)
         right.source = SharerSource(**{field: "a" * 16})
         model(**BATCH, sharer_caches=right)
     state = SharerCache.prefill(tiny_model("gemma3"), **BATCH)
     state.source = None
     with pytest.raises(
-        ValueError, match=r"`sharer_caches`: the state of sharer 0 has layers of shapes \[\[1, 16, 16\]"
+        ValueError, match=r"`sharer_caches`: the cache of sharer 0 has layers of shapes \[\[1, 16, 16\]"
     ):
         model(**BATCH, sharer_caches=state)
 
@@ -214,14 +214,14 @@ def test_damaged_messages_are_refused(tmp_path: Path) -> None:
     cut = dict(tensors, **{"layers.0.keys": tensors["layers.0.keys"][:, :, 1:].contiguous()})
     metadata = {"format": "c2c_hf.SharerCache.1", "num_layers": "5", "dtype": "float32", "text_hash": "0"}
     for data, says in (
-        (b"", "`data` is damaged or holds no sharer's states"),
-        (message[:-1], "`data` is damaged or holds no sharer's states"),
-        (save(tensors), "`data` is damaged or holds no sharer's states"),
-        (message.replace(b"SharerCache.1", b"SharerCache.9"), "`data` is damaged or holds no sharer's states"),
-        (message.replace(b'"dtype":"float32"', b'"dtype":"__dict_"'), "`data` is damaged or holds no sharer's states"),
-        (save(cut, metadata), "`data` is damaged or holds no sharer's states .*keys of shape"),
-        (save(other_text, metadata), "`data` says that its states are those of another text"),
-        (save(tensors, {**metadata, "num_layers": "6"}), "`data` is damaged or holds no sharer's states"),
+        (b"", "`data` is damaged or holds no sharer cache"),
+        (message[:-1], "`data` is damaged or holds no sharer cache"),
+        (save(tensors), "`data` is damaged or holds no sharer cache"),
+        (message.replace(b"SharerCache.1", b"SharerCache.9"), "`data` is damaged or holds no sharer cache"),
+        (message.replace(b'"dtype":"float32"', b'"dtype":"__dict_"'), "`data` is damaged or holds no sharer cache"),
+        (save(cut, metadata), "`data` is damaged or holds no sharer cache .*keys of shape"),
+        (save(other_text, metadata), "`data` says that its states belong to another text"),
+        (save(tensors, {**metadata, "num_layers": "6"}), "`data` is damaged or holds no sharer cache"),
     ):
         assert data != message
         with pytest.raises(ValueError, match=says):
@@ -299,9 +299,9 @@ def test_without_sharers_states_are_asked_for(tmp_path: Path) -> None:
     tiny_c2c().save_pretrained(tmp_path / "fuser")
     receiver = tiny_model("llama")
     model = C2CForCausalLM.from_pretrained(tmp_path / "fuser", receiver=receiver, load_sharers=False)
-    with pytest.raises(ValueError, match=r"`sharer_caches` must be given, since the sharers were left out"):
+    with pytest.raises(ValueError, match=r"`sharer_caches` must be given, since the sharers were not loaded"):
         model(**BATCH)
-    with pytest.raises(ValueError, match=r"`sharer_caches` must be given, since the sharers were left out"):
+    with pytest.raises(ValueError, match=r"`sharer_caches` must be given, since the sharers were not loaded"):
         model.generate(**BATCH, max_new_tokens=2)
     with model.disable_fusion():
         assert torch.equal(model(**BATCH).logits, receiver(**BATCH).logits)
@@ -315,7 +315,7 @@ def test_without_sharers_states_are_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])
 def test_memory_of_a_sharer_elsewhere(name: str, tmp_path: Path) -> None:
-    """The saved fuser knows how the sharer's keys turn, in every layer, also where they do not turn at all."""
+    """The saved fuser records the rotary embedding of every sharer layer, also where there is none."""
     receiver, sharer = tiny_model("llama"), tiny_model(name, 1)
     fields = {"mode": "memory", "memory_rank": 8, "memory_shared_bottleneck": True}
     model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, **fields).eval()
@@ -339,9 +339,10 @@ def test_memory_of_a_sharer_elsewhere(name: str, tmp_path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     for damaged, message in (
         (None, "`load_sharers=False` needs a memory fuser that records"),
-        ([{"kinds": [], "layers": [3]}], "`sharer_rotations` of the configuration is damaged"),
+        ({"kinds": [], "layers": [3]}, "`rotations` of a sharer in the configuration is damaged"),
     ):
-        path.write_text(json.dumps({**config, "sharer_rotations": damaged}), encoding="utf-8")
+        config["sharers"][0]["rotations"] = damaged
+        path.write_text(json.dumps(config), encoding="utf-8")
         apart = C2CForCausalLM.from_pretrained(tmp_path / "fuser", receiver=receiver, load_sharers=False)
         with pytest.raises(ValueError, match=message):
             apart(**inputs, sharer_caches=state)

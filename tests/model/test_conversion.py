@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from c2c_hf import C2CForCausalLM, convert_reference_checkpoint
-from c2c_hf.convert_reference import _their_name
+from c2c_hf.convert_reference import _published_name
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 CHECKPOINTS = PARITY / "checkpoints"
@@ -37,7 +37,9 @@ def test_every_weight_is_where_it_belongs() -> None:
         for kind, entry in (("key", layer_idx), ("value", fuser.num_layers + layer_idx)):
             group, row = fuser.locate(entry)
             for name, parameter in group.named_parameters():
-                assert torch.equal(parameter[row], expected.pop(f"projector_{layer_idx}.{_their_name(kind, name)}"))
+                assert torch.equal(
+                    parameter[row], expected.pop(f"projector_{layer_idx}.{_published_name(kind, name)}")
+                )
                 compared += 1
         assert torch.equal(fuser.gate_temperature, expected.pop(f"projector_{layer_idx}.gate_temperature"))
     assert compared > 100
@@ -106,11 +108,11 @@ SPOILS = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config.json is missing or no JSON file"),
     "no receiver": (
         lambda f: _edit(f / "config.json", lambda c: c["model"].pop("base_model")),
-        "config.json names no `base_model`; hand over the model",
+        "config.json names no `base_model`; pass the model",
     ),
     "no sharer": (
         lambda f: _edit(f / "config.json", lambda c: c["model"].update(teacher_model=3)),
-        "config.json names no `teacher_model`; hand over the model",
+        "config.json names no `teacher_model`; pass the model",
     ),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object, but holds list"),
     "config is binary": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "is missing or no JSON file"),
@@ -121,7 +123,7 @@ SPOILS = {
     ),
     "map names a file": (
         lambda f: _edit(f / "final/projector_config.json", lambda c: c["0"]["1"].update({"3": [[2, "../x"]]})),
-        "holds no layer map for a receiver of 4",
+        "holds no layer mapping for a receiver of 4",
     ),
     "map is too long": (
         lambda f: _edit(f / "final/projector_config.json", lambda c: c["0"]["1"].update({"9": [[2, 0]]})),
@@ -129,15 +131,15 @@ SPOILS = {
     ),
     "map of two": (
         lambda f: _edit(f / "final/projector_config.json", lambda c: c["0"]["1"].update({"3": [[2, 3], [1, 3]]})),
-        "holds no layer map .*several sharer layers for one receiver layer",
+        "holds no layer mapping .*several sharer layers for one receiver layer",
     ),
     "no map": (
         lambda f: (f / "final/projector_config.json").write_text("{}"),
-        "holds no layer map for a receiver of 4",
+        "holds no layer mapping for a receiver of 4",
     ),
     "map": (
         lambda f: _edit(f / "final/projector_config.json", lambda c: c["0"]["1"].update({"3": [[0, 3]]})),
-        r"the layer map \[0, 0, 1, 0\] of .* is not the one of `layer_alignment`",
+        r"the layer mapping \[0, 0, 1, 0\] of .* is not the one of `layer_alignment`",
     ),
     "class": (
         lambda f: _edit(f / "final/projector_0.json", lambda c: c.update({"class": "Other"})),
@@ -173,7 +175,7 @@ SPOILS = {
     ),
     "sizes": (
         lambda f: _edit(f / "final/projector_0.json", lambda c: c["init_args"].update(hidden_dim=10)),
-        r"has shape \(24, 68\), but receiver and sharer ask for \(10, 68\)",
+        r"has shape \(24, 68\), but receiver and sharer need \(10, 68\)",
     ),
 }
 
@@ -192,7 +194,7 @@ def test_wrong_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`sharers` must be as many as `checkpoint_dirs` \(1\), but got 2"):
         convert_reference_checkpoint(CHECKPOINTS / "qwen3_from_llama", sharers=[tiny_model("llama")] * 2)
     other = AutoModelForCausalLM.from_pretrained(PARITY / "models" / "qwen3-tiny-b")
-    with pytest.raises(ValueError, match="holds no layer map for a receiver of 6 layers"):
+    with pytest.raises(ValueError, match="holds no layer mapping for a receiver of 6 layers"):
         convert_reference_checkpoint(CHECKPOINTS / "qwen3_from_llama", receiver=other)
 
 
@@ -202,7 +204,7 @@ def test_models_of_other_shapes_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="is not the one of `layer_alignment` for 3 receiver and 4 sharer layers"):
         convert_reference_checkpoint(CHECKPOINTS / "qwen3_from_llama", receiver=sharer, sharers=receiver)
-    with pytest.raises(ValueError, match=r"key_in.weight in .* has shape \(24, 68\), but receiver and sharer ask for"):
+    with pytest.raises(ValueError, match=r"key_in.weight in .* has shape \(24, 68\), but receiver and sharer need"):
         convert_reference_checkpoint(
             CHECKPOINTS / "qwen3_from_llama", receiver=receiver, sharers=tiny_model("llama"), token_alignment="span"
         )

@@ -317,7 +317,7 @@ def test_bad_inputs() -> None:
         model(input_ids=ids, sharer_input_ids=ids, sharer_attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"`sharer_input_ids` must hold one tensor per sharer \(1\)"):
         model(input_ids=ids, sharer_input_ids=[ids, ids])
-    with pytest.raises(ValueError, match="`inputs_embeds`, since sharers read tokens"):
+    with pytest.raises(ValueError, match="`inputs_embeds`, since sharers prefill tokens"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(ValueError, match="Either `input_ids` or `inputs_embeds`"):
         model()

@@ -1,9 +1,9 @@
-"""Chosen tokens of cached states: which they are, by slice or by index, and what a change of them changes."""
+"""Chosen tokens of cached states, by slice or by index, and changes of them."""
 
 import pytest
 import torch
 
-from c2c_hf.inference.token_states import TokenStates
+from c2c_hf.inference.fusion import TokenStates
 
 #: Chosen tokens in three rows of five: (rows, positions), and whether one slice holds them all.
 CHOICES = {
@@ -31,12 +31,13 @@ def test_tokens_are_those_chosen(choice: str) -> None:
     states = entries()
     tokens = TokenStates(states, torch.tensor(rows).long(), torch.tensor(positions).long(), torch.device("cpu"))
     assert (tokens._columns is not None) == sliced
-    assert len(tokens) == 2
-    for entry, mine in zip(states, tokens, strict=True):
+    assert len(tokens) == len(rows)
+    for index, entry in enumerate(states):
+        mine = tokens.entry(index)
+        assert torch.equal(tokens.gather([index, index]), torch.stack([mine, mine]))
         assert mine.shape == (len(rows), entry.shape[1] * entry.shape[3])
         expected = [entry[row, :, position].flatten().tolist() for row, position in zip(rows, positions, strict=True)]
         assert mine.tolist() == expected
-    assert [t.shape for t in tokens[:1]] == [tokens[0].shape]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -45,7 +46,7 @@ def test_a_change_is_added_there_and_nowhere_else(choice: str) -> None:
     states, before = entries(), entries()
     tokens = TokenStates(states, torch.tensor(rows).long(), torch.tensor(positions).long())
     change = torch.arange(1, 8 * len(rows) + 1).view(-1, 8)
-    tokens.add(0, change)
+    tokens.add([0], change[None])
     for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
         before[0][row, :, position] += change[index].view(2, 4)
     assert torch.equal(states[0], before[0])
