@@ -1,11 +1,13 @@
 """The package as a whole: documented names, one file for transformers' versions, no side effects of importing."""
 
 import ast
+import configparser
 import inspect
 import os
 import re
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,16 @@ def test_importing_registers_and_patches_nothing() -> None:
 def test_version_is_that_of_the_metadata() -> None:
     setup = (PACKAGE.parent / "setup.cfg").read_text(encoding="utf-8")
     assert f"version = {c2c_hf.__version__}\n" in setup
+
+
+def test_a_wheel_holds_every_file() -> None:
+    """Modules are found by their folder's `__init__.py`, other files by the patterns of setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg", encoding="utf-8")
+    patterns = setup["options.package_data"]["c2c_hf"].split()
+    # As setuptools does: in older versions of Python, `Path.glob` finds only folders for a `**` at the end.
+    matched = {PACKAGE / name for pattern in patterns for name in glob(pattern, root_dir=PACKAGE, recursive=True)}
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            found = (path.parent / "__init__.py").is_file() if path.suffix == ".py" else path in matched
+            assert found, f"{path.relative_to(PACKAGE)} would be missing in a wheel"
