@@ -1,4 +1,4 @@
-"""Loss of a fuser's answers on data that it was not trained on, with fusion on and off.
+"""Loss per answer token on held-out data, with fusion on and off.
 
 python examples/answer_loss.py my-fuser validation.jsonl --rows 100
 """
@@ -8,8 +8,7 @@ import tempfile
 
 from c2c_hf import C2CTrainer, C2CTrainingArguments
 from c2c_hf.demo.local_pair import load_fuser
-from c2c_hf.training.dataset import prepare_dataset
-from c2c_hf.training.dataset import load_rows
+from c2c_hf.training.dataset import load_rows, prepare_dataset
 
 
 def main() -> None:
@@ -33,8 +32,8 @@ def main() -> None:
         trainer = C2CTrainer(model, arguments, eval_dataset=examples, processing_class=processor)
         fused = trainer.evaluate()["eval_loss"]
         with model.disable_fusion():
-            alone = trainer.evaluate()["eval_loss"]
-    print(f"{len(examples)} answers, loss per token: fused {fused:.3f}, receiver alone {alone:.3f}")
+            unfused = trainer.evaluate()["eval_loss"]
+    print(f"{len(examples)} answers, loss per token: fusion on {fused:.3f}, off {unfused:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Time a training step of the pair that installs from PyPI, 192 prompt and 64 answer tokens a row, by its parts.
+"""Time the parts of a training step of the pair that installs from PyPI, 192 prompt and 64 answer tokens a row.
 
-The receiver's part is what is left over: python examples/benchmark_training.py --dtype bfloat16
+    python examples/benchmark_training.py --dtype bfloat16
+
+The receiver's part is the rest of the forward pass.
 """
 
 import argparse
@@ -49,7 +51,7 @@ def measure(batch_size: int, hidden_size: int, dtype: str, steps: int) -> str:
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 parser.add_argument("--steps", type=int, default=5)
-parser.add_argument("--one", type=int, nargs=2, metavar=("BATCH", "HIDDEN"), help="this line alone")
+parser.add_argument("--one", type=int, nargs=2, metavar=("BATCH", "HIDDEN"), help="only this line")
 if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.one:

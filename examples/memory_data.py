@@ -1,9 +1,9 @@
-"""Write the training data of a memory fuser: what only the sharer reads, and questions about it.
+"""Write the training data of a memory fuser: sharer-only contexts, and questions about them.
 
     python examples/memory_data.py data dolly/train.jsonl
 
-`facts.jsonl` holds made-up facts, `passages.jsonl` the rows of a chat data set whose question brings a passage behind
-a blank line, as Dolly's do, and `texts.jsonl` what both models read for `c2c fit`: passages and facts.
+`facts.jsonl` holds made-up facts, `passages.jsonl` the rows of a chat data set with a passage behind the question and
+a blank line, as in Dolly, and `texts.jsonl` the texts for `c2c fit`: passages and facts.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from c2c_hf.evaluation.private_facts import private_facts
-from c2c_hf.training.rows import load_rows
+from c2c_hf.evaluation.tasks.private_facts import private_facts
+from c2c_hf.training.dataset import load_rows
 
 
 def main() -> None:
@@ -36,13 +36,14 @@ def main() -> None:
         answer = row["messages"][1]["content"]
         short = len(question) < 200 and len(answer) < 300
         fits = options.min_characters <= len(passage) < options.max_characters
-        # Whoever summarizes needs all of a passage; questions and extractions need some of it.
+        # A summary needs all of a passage, questions and extractions some of it.
         if blank and short and fits and row.get("category") in (None, "closed_qa", "information_extraction"):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             passages.append({"id": row["id"], "sharer_context": passage, "messages": messages})
-    # In random order, so that the fit holds out some of both. Its questions are none whose contexts it has read.
-    read = [*passages[: options.passage_texts], *facts[len(facts) - options.fact_texts :]]
-    contexts = [row["sharer_context"] for row in random.Random(options.seed).sample(read, len(read))]
+    # In random order, so that the fit holds out some of both. `c2c fit --questions` takes the first facts, whose
+    # contexts are not among the texts.
+    fitted = [*passages[: options.passage_texts], *facts[len(facts) - options.fact_texts :]]
+    contexts = [row["sharer_context"] for row in random.Random(options.seed).sample(fitted, len(fitted))]
     options.folder.mkdir(parents=True, exist_ok=True)
     write(options.folder / "facts.jsonl", facts)
     write(options.folder / "passages.jsonl", passages)

@@ -48,7 +48,7 @@ def main() -> None:
     ]
 
     trainer = C2CTrainer(model, arguments, train_dataset=concatenate_datasets(examples), processing_class=processor)
-    trainer.train(resume_from_checkpoint="auto")  # goes on from the last checkpoint where there is one
+    trainer.train(resume_from_checkpoint="auto")  # resumes from the last checkpoint if there is one
     trainer.save_model()
     print(f"Saved the fuser and its processor to {options.output_dir}.")
 

@@ -96,9 +96,9 @@ def make_trainer(folder: Path | str, model: C2CForCausalLM | None = None, **argu
     processor = make_processor(sharers=model.config.num_sharers)
     examples = prepare_dataset(chat_rows(QUESTIONS), processor)
     fields = {"per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
-    peft_config = arguments.pop("peft_config", None)
+    trainer_arguments = {name: arguments.pop(name, None) for name in ("peft_config", "compute_metrics")}
     args = C2CTrainingArguments(output_dir=str(folder), use_cpu=True, **{**fields, **arguments})
-    return C2CTrainer(model, args, None, examples, examples, processor, peft_config)
+    return C2CTrainer(model, args, None, examples, examples, processor, **trainer_arguments)
 
 
 def logged_losses(trainer: C2CTrainer) -> list[float]:

@@ -133,7 +133,7 @@ class _LayerSums:
 
     def __init__(self, fuser: MemoryFuser) -> None:
         self._fuser, device = fuser, fuser.sharer_scales.device
-        # Any receiver layer stands for all with the same sharer layers.
+        # Receiver layers with the same sharer layers have the same features; one of them is as good as another.
         self._layer_of = {tuple(sources): layer_idx for layer_idx, sources in enumerate(fuser.sources)}
         widths = {
             sources: sum(fuser.entry_widths[entry] for entry in fuser.entries(layer_idx))

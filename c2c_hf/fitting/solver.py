@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils.logging import tqdm
 
-from ..fusers.memory import MemoryFuser
+from ..fusers.memory import MemoryFuser, MemoryGroup
 
 #: Singular vectors that the randomized decomposition computes beyond those that are kept, and its power iterations.
 _OVERSAMPLING, _ITERATIONS = 64, 4
@@ -283,12 +283,13 @@ def _write(fuser: MemoryFuser, layer_indices: Sequence[int], solution: _Solution
     for layer_idx, weight, bias, mean, quality in zip(layer_indices, *parts, solution.quality, strict=True):
         group = next(group for group in fuser.groups if layer_idx in group.layers)
         index = group.layers.index(layer_idx)
+        own_weight, own_bias = (parameter[index] for parameter in group.out_proj.parameters())
         # A rank beyond that of the map leaves the rest of the bottleneck empty.
-        group.out_proj.weight[index].zero_()[:, : len(weight)].copy_(weight.T)
-        group.out_proj.bias[index].copy_(bias)
+        own_weight.zero_()[:, : len(weight)].copy_(weight.T)
+        own_bias.copy_(bias)
         if solution.down is not None:
-            down_weight = group.down_proj.weight[index] if fuser.down_proj is None else fuser.down_proj.weight
-            down_weight.zero_()[: len(weight)].copy_(solution.down.T)
+            for down_weight in _down_weights(fuser, group, index):
+                down_weight.zero_()[: len(weight)].copy_(solution.down.T)
         if group.residual is not None:
             for parameter in group.residual[-1].parameters():
                 parameter[index].zero_()
@@ -296,3 +297,9 @@ def _write(fuser: MemoryFuser, layer_indices: Sequence[int], solution: _Solution
         report.std_ratio_keys[layer_idx] = quality.std_ratio_keys
         report.std_ratio_values[layer_idx] = quality.std_ratio_values
         report.alphas[layer_idx], report.means[layer_idx] = solution.alpha, mean
+
+
+def _down_weights(fuser: MemoryFuser, group: MemoryGroup, index: int) -> list[torch.Tensor]:
+    """Return the bottleneck weight in front of a layer's map, shared or its own, `(rank, in_features)` each."""
+    own = [] if group.down_proj is None else [group.down_proj.weight[index]]
+    return own if fuser.down_proj is None else [fuser.down_proj.weight]

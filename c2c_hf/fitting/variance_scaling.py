@@ -35,7 +35,7 @@ def scale_variance(fuser: MemoryFuser, report: RidgeReport, power: float) -> Non
             heads, *dims = fuser.receiver_shapes[layer_idx]
             ratios = zip((report.std_ratio_keys[layer_idx], report.std_ratio_values[layer_idx]), dims, strict=True)
             scales = torch.cat([torch.full((heads * dim,), ratio**power) for ratio, dim in ratios])
-            weight, bias = group.out_proj.weight[index], group.out_proj.bias[index]
+            weight, bias = (parameter[index] for parameter in group.out_proj.parameters())
             scales, mean = scales.to(weight), report.means[layer_idx].to(bias)
             weight.mul_(scales.unsqueeze(1))
             bias.copy_(mean + (bias - mean) * scales)

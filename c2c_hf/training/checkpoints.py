@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -26,10 +25,10 @@ class CheckpointingTrainer(Trainer):
     _staging: Path | None = None
     _pushed_checkpoint: str | None = None
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Write a checkpoint into a staging folder; move it to its place when every process has written its part."""
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"

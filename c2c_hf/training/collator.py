@@ -1,7 +1,7 @@
 """`C2CDataCollator`: tokenized examples -> one training batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -112,27 +112,28 @@ class TrainingBatch:
         lists = {name: as_list(inputs[name]) for name in SHARER_COLUMNS}
         return cls(**{**inputs, **lists})
 
-    def model_inputs(self, with_labels: bool = False) -> dict[str, Any]:
+    def prompts(self) -> "TrainingBatch":
+        """Return the batch without its answers."""
+        length = self.input_ids.shape[1] - self.logits_to_keep + 1
+        return replace(
+            self,
+            input_ids=self.input_ids[:, :length],
+            attention_mask=self.attention_mask[:, :length],
+            labels=self.labels[:, :length],
+            sharer_alignment=[alignment[:, :length] for alignment in self.sharer_alignment],
+            logits_to_keep=1,
+        )
+
+    def model_inputs(self, with_labels: bool = False, use_cache: bool = False) -> dict[str, object]:
         """Return the arguments of the model's `forward`.
 
         Args:
             with_labels: Whether `labels` are among them.
+            use_cache: Whether the model returns its cache.
         """
-        names = ["input_ids", "attention_mask", *SHARER_COLUMNS, "logits_to_keep", "sharer_caches"]
+        names = ("input_ids", "attention_mask", *SHARER_COLUMNS, "logits_to_keep", "sharer_caches")
         inputs = {name: getattr(self, name) for name in names}
-        return {**inputs, "use_cache": False, "labels": self.labels if with_labels else None}
-
-    def prompt_inputs(self) -> dict[str, Any]:
-        """Return the arguments of the model's `forward` for the prompts alone, whose cache the answers continue."""
-        length = self.input_ids.shape[1] - self.logits_to_keep + 1
-        return {
-            **self.model_inputs(),
-            "input_ids": self.input_ids[:, :length],
-            "attention_mask": self.attention_mask[:, :length],
-            "sharer_alignment": [alignment[:, :length] for alignment in self.sharer_alignment],
-            "logits_to_keep": 1,
-            "use_cache": True,
-        }
+        return {**inputs, "use_cache": use_cache, "labels": self.labels if with_labels else None}
 
 
 def as_list(value: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:

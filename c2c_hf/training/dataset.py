@@ -123,7 +123,7 @@ def prepare_dataset(
         name,
         log_dropped=isinstance(dataset, IterableDataset),
     )
-    arguments: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
+    arguments: dict[str, object] = {"batched": True, "with_indices": True, "remove_columns": columns}
     if isinstance(dataset, IterableDataset):
         examples = dataset.map(tokenize, batch_size=8, **arguments)
         return examples.filter(lambda fits: fits, input_columns=FITS_COLUMN).remove_columns(FITS_COLUMN)

@@ -68,9 +68,9 @@ def choice_losses(
     answers = [[row[row != -100]] for row in batch.labels]
     for ids, row in zip(batch.wrong_answer_ids, batch.wrong_answer_rows.tolist(), strict=True):
         answers[row].append(ids[ids != -100])
-    prompt = batch.prompt_inputs()
-    outputs = wrapped(**prompt)
-    scores = scores_after(model, outputs, prompt["attention_mask"], answers)
+    prompts = batch.prompts()
+    outputs = wrapped(**prompts.model_inputs(use_cache=True))
+    scores = scores_after(model, outputs, prompts.attention_mask, answers)
     means = (scores.logprobs.sum(1) / scores.is_token.sum(1)).split([len(row) for row in answers])
     choice = torch.stack([-row.log_softmax(0)[0] for row in means if len(row) > 1])
     right_answers = [0, *itertools.accumulate(len(row) for row in answers[:-1])]

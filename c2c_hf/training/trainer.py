@@ -137,7 +137,7 @@ class C2CTrainer(CheckpointingTrainer):
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
+        trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Train.
@@ -338,7 +338,7 @@ class C2CTrainer(CheckpointingTrainer):
         if self.model.training:
             self._logged["mean_weight"].append(output.detach().float().sigmoid().mean())
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         with self._not_timed():
             super()._save_checkpoint(model, trial)
 

@@ -1,8 +1,12 @@
 """The fields of a training run: their checks, presets and defaults."""
 
+import ast
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from c2c_hf import C2CTrainingArguments
 
@@ -24,3 +28,17 @@ def test_arguments_check_themselves(tmp_path: Path) -> None:
     paper = C2CTrainingArguments(str(tmp_path), use_cpu=True, preset="paper")
     assert (paper.gate_noise, paper.min_fused_fraction, paper.guard_weight) == ("gumbel", 1.0, 0.0)
     assert C2CTrainingArguments(str(tmp_path), use_cpu=True, preset="paper", gate_noise="none").gate_noise == "none"
+
+
+def test_the_docstring_lists_all_defaults_that_differ() -> None:
+    """Habit of the package: fields with other defaults than `TrainingArguments`, with both values."""
+    rows = re.findall(r"^ *\| `(\w+)` \| `?(.*?)`? \| `?(.*?)`? \|", C2CTrainingArguments.__doc__, re.MULTILINE)
+    listed = {name: (ast.literal_eval(here), ast.literal_eval(there)) for name, here, there in rows}
+    own, others = (
+        {
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in dataclasses.fields(arguments)
+        }
+        for arguments in (C2CTrainingArguments, TrainingArguments)
+    )
+    assert listed == {name: (own[name], value) for name, value in others.items() if own[name] != value}

@@ -40,7 +40,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         assert torch.equal(value, expected[name]), name
 
 
-def test_checkpoints_hold_the_fuser_alone(tmp_path: Path) -> None:
+def test_checkpoints_hold_only_the_fuser(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path,
         max_steps=4,

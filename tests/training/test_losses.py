@@ -152,7 +152,7 @@ def test_choice_loss_equals_separate_forward_passes(tmp_path: Path) -> None:
         total += means[0].item() * -len(example["answer_ids"])
         total += 2.0 * -torch.stack(means).log_softmax(0)[0].item()
         tokens += len(example["answer_ids"])
-    assert float(loss) == pytest.approx(total / tokens, abs=1e-4)
+    assert loss.item() == pytest.approx(total / tokens, abs=1e-4)
     loss.backward()
     assert all(p.grad is not None for p in model.fuser.parameters())
 

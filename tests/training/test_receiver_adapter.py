@@ -89,7 +89,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         assert torch.equal(fuser_weights(again)[name], value), name
 
 
-def test_lora_dropout_acts_in_training_alone(tmp_path: Path) -> None:
+def test_lora_dropout_acts_only_in_training(tmp_path: Path) -> None:
     trainer = with_lora(tmp_path, dropout=0.5)
     trainer.train()
     dropouts = [m for n, m in trainer.model.receiver.named_modules() if n.endswith("lora_dropout.default")]

@@ -1,4 +1,4 @@
-"""Recipes and `c2c train`."""
+"""Recipes: their fields, and `c2c train`."""
 
 import json
 import runpy
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training_for_tests import CHATS, PROCESSOR, QUESTIONS, save_pair, write_rows
+from training_for_tests import CHATS, PROCESSOR, QUESTIONS, base_models, save_pair, write_rows
 
 from c2c_hf import C2CForCausalLM
 from c2c_hf.checkpoints.receiver_adapter import ADAPTER_FOLDER, has_adapter
@@ -92,7 +92,45 @@ def test_fields_and_overrides(tmp_path: Path) -> None:
             parse_recipe(path)
 
 
-@pytest.mark.parametrize("recipe", ["paper", "smollm2-gemma3"])
+def test_fields_per_sharer(tmp_path: Path) -> None:
+    """One value for all sharers or one per sharer; what is not given is left to the configuration."""
+    pair = ["--receiver", "a", "--sharers", "b", "c", "--output_dir", str(tmp_path), "--use_cpu"]
+    model, _, _ = parse_recipe(None, pair)
+    assert model.config_fields() == {}
+    path = tmp_path / "recipe.yaml"
+    path.write_text("fuser_hidden_size: 8\nfuser_dropout: [0.0, 0.5]\nfusion_mode: sequential\n")
+    model, _, _ = parse_recipe(path, [*pair, "--num_fuser_layers", "2", "4"])
+    assert model.config_fields() == {
+        "fusion_mode": "sequential",
+        "fuser_hidden_size": 8,
+        "num_fuser_layers": [2, 4],
+        "fuser_dropout": [0.0, 0.5],
+    }
+    receiver, *sharers = base_models(sharers=2)
+    built = C2CForCausalLM.from_receiver_and_sharers(
+        receiver, sharers, token_alignment="span", **model.config_fields()
+    )
+    assert [sharer.num_fuser_layers for sharer in built.config.sharers] == [2, 4]
+    assert [sharer.fuser_hidden_size for sharer in built.config.sharers] == [8, 8]
+
+
+def test_a_continued_fuser_keeps_its_configuration(tmp_path: Path, saved_pair: tuple[str, str]) -> None:
+    """But for the fields that the recipe gives."""
+    fields = {"fuser_hidden_size": 8, "fuser_intermediate_size": 8, "layer_alignment": "depth_normalized"}
+    model = C2CForCausalLM.from_receiver_and_sharers(*saved_pair, initial_gate_temperature=2.0, **fields)
+    model.save_pretrained(tmp_path / "fuser")
+    PROCESSOR.save_pretrained(tmp_path / "fuser")
+    words = ["--fuser", str(tmp_path / "fuser"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    model_arguments, _, _ = parse_recipe(None, [*words, "--final_gate_temperature", "0.5"])
+    config = model_arguments.load()[0].config
+    assert config.sharers[0].fuser_hidden_size == 8 and config.layer_alignment == "depth_normalized"
+    assert (config.initial_gate_temperature, config.final_gate_temperature) == (2.0, 0.5)
+    model_arguments, _, _ = parse_recipe(None, [*words, "--fuser_hidden_size", "16"])
+    with pytest.raises(ValueError, match="does not fit"):
+        model_arguments.load()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "smollm2-gemma3", "smollm2-gemma3-memory"])
 def test_recipes(recipe: str) -> None:
     path = Path(__file__).parents[2] / "examples" / "recipes" / f"{recipe}.yaml"
     model, data, arguments = parse_recipe(path, ["--use_cpu", "--bf16", "false"])
@@ -102,6 +140,9 @@ def test_recipes(recipe: str) -> None:
         assert (arguments.gate_noise, arguments.seed, arguments.get_warmup_steps(1929)) == ("gumbel", 42, 193)
         assert 8 * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 256
         assert data.train_split == "train[:500000]"
+    elif recipe == "smollm2-gemma3-memory":
+        assert model.fuser == "memory-fit" and not model.config_fields()
+        assert (data.answer_format, arguments.choice_weight) == ("text", 1.0)
     else:
         assert model.demo_pair and model.config_fields()["fuser_hidden_size"] == 64
 

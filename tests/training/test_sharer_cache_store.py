@@ -57,7 +57,7 @@ def test_losses_are_those_of_sharers_that_run(tmp_path: Path, sharers: int, monk
     model, inputs = open_model(sharers), batch(sharers)
     expected = model(**inputs).loss
     store = SharerCacheStore(tmp_path, model)
-    # Rows stand in other batches, beside longer and shorter ones, when they are read.
+    # Prefilled in other batches, with longer and shorter rows.
     load(store, batch(sharers, slice(0, 3)))
     load(store, batch(sharers, slice(6, 8)))
     first = model(**inputs, sharer_caches=load(store, inputs)).loss
@@ -105,7 +105,7 @@ def test_training_is_the_same_and_goes_on_without_the_sharers(tmp_path: Path) ->
 
 
 def test_command_line(tmp_path: Path) -> None:
-    """One run fills the folder, the next goes on from its fuser without the sharer, whose weights may be gone."""
+    """One run fills the folder, the next continues its fuser without the sharer, whose weights are removed."""
     receiver, sharer = save_pair(tmp_path)
     shared: dict[str, Any] = {
         "train_data": [write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in QUESTIONS])],
@@ -138,7 +138,7 @@ def test_a_missing_row_needs_its_sharer(tmp_path: Path) -> None:
         load(SharerCacheStore(tmp_path / "states", model), batch())
 
 
-def test_another_sharer_reads_anew(tmp_path: Path) -> None:
+def test_another_sharer_is_prefilled_again(tmp_path: Path) -> None:
     store = SharerCacheStore(tmp_path, open_model())
     load(store, batch())
     receiver, sharer = base_models()

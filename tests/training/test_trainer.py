@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from fitting_for_tests import WORDS, memory_pair
+from peft import LoraConfig
 from training_for_tests import (
     PROCESSOR,
     QUESTIONS,
@@ -16,6 +19,7 @@ from training_for_tests import (
     make_model,
     make_trainer,
 )
+from transformers import EvalPrediction
 from transformers.trainer_utils import get_last_checkpoint
 
 from c2c_hf import C2CDataCollator, C2CForCausalLM, C2CTrainer, C2CTrainingArguments
@@ -167,6 +171,53 @@ def test_streaming_and_bfloat16(tmp_path: Path) -> None:
     assert all(math.isfinite(loss) for loss in logged_losses(trainer))
     assert {p.dtype for p in model.fuser.parameters()} == {torch.float32}
     assert {p.dtype for p in model.receiver.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("fields", [{}, {"sharers": 2}, {"sharers": 2, "fusion_mode": "sequential"}], ids=str)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_autocast_of_float32_models(tmp_path: Path, fields: dict, adapter: bool) -> None:
+    """`bf16=True` with base models in float32, whose keys are then float32 and values bfloat16."""
+    peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if adapter else None
+    options = {"max_steps": 2, "guard_weight": 0.1, "gate_noise": "none"}
+    values = []
+    for bf16 in (False, True):
+        model = make_model(**fields, fuser_dropout=0.0)
+        trainer = make_trainer(tmp_path, model, bf16=bf16, peft_config=peft_config, **options)
+        trainer.train()
+        values.append([*logged_losses(trainer), trainer.evaluate()["eval_loss"]])
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert values[1] == pytest.approx(values[0], rel=0.05)
+    assert values[1] != values[0]
+
+
+def test_autocast_of_float32_models_in_memory_mode(tmp_path: Path) -> None:
+    model, processor = memory_pair(same=False, memory_rank=8, memory_hidden_size=8)
+    rows = [{"prompt": "hello", "completion": "ships", "sharer_context": word * 3} for word in WORDS[:4]]
+    examples = prepare_dataset(Dataset.from_list(rows), processor)
+    fields = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1}
+    args = C2CTrainingArguments(str(tmp_path), use_cpu=True, bf16=True, guard_weight=0.1, report_to="none", **fields)
+    trainer = C2CTrainer(model, args, None, examples, examples, processor)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in [*logged_losses(trainer), trainer.evaluate()["eval_loss"]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_compute_metrics_gets_predictions_beside_their_labels(tmp_path: Path, batch_size: int) -> None:
+    """Whatever the batches: the loss computed from them is the evaluation's."""
+    found = {}
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        found.update(logits=torch.tensor(prediction.predictions), labels=torch.tensor(prediction.label_ids))
+        return {"answers": float((prediction.label_ids[:, 1:] != -100).sum())}
+
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=batch_size, compute_metrics=metrics)
+    output = trainer.evaluate()
+    assert found["logits"].shape[:2] == found["labels"].shape
+    loss = torch.nn.functional.cross_entropy(
+        found["logits"][:, :-1].transpose(1, 2), found["labels"][:, 1:], ignore_index=-100
+    )
+    assert float(loss) == pytest.approx(output["eval_loss"], abs=1e-5)
+    assert output["eval_answers"] == sum(len(example["answer_ids"]) for example in trainer.eval_dataset)
 
 
 def test_response_fusion(tmp_path: Path) -> None:
