@@ -1,9 +1,9 @@
-r"""Everything about memory fusers in one table: made-up facts and real passages that only the sharer has read.
+r"""Evaluate memory fusers in one table: private facts and real passages as sharer-only contexts.
 
     python examples/memory_data.py data dolly/train.jsonl --min-characters 800 --max-characters 2000
     python examples/memory_report.py report memory my-fuser --fusion-fuser general --passages data/passages.jsonl
 
-Called again with the same folder it goes on where it was interrupted.
+Called again with the same folder it continues an interrupted run.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from c2c_hf.demo.local_pair import load_fuser
 from c2c_hf.evaluation.memory_report import memory_report
-from c2c_hf.training.rows import load_rows
+from c2c_hf.training.dataset import load_rows
 
 
 def main() -> None:
@@ -19,9 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder of the answers")
     parser.add_argument("fusers", nargs="+", help="Hub ids or folders; memory: the one that comes with the package")
-    parser.add_argument("--fusion-fuser", help="a fuser of the other mode, for comparison")
+    parser.add_argument("--fusion-fuser", help="a fuser with mode=fusion, for comparison")
     parser.add_argument("--passages", help="JSON Lines file or Hub id with `sharer_context` and `messages`")
-    parser.add_argument("--rows", type=int, help="the first so many passages (default: all)")
+    parser.add_argument("--rows", type=int, help="number of passages (default: all)")
     parser.add_argument("--limit", type=int, help="number of facts (default: 500 for each of three seeds)")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()

@@ -26,7 +26,7 @@ CHOICES = [
 
 
 def pair(sharers: int = 1, chat: bool = True, mode: str = "fusion") -> tuple[C2CForCausalLM, C2CProcessor]:
-    """A byte-level receiver and metaspace sharers with BOS, fused strongly."""
+    """A byte-level receiver and metaspace sharers with BOS, strongly fused."""
     template = {} if chat else {"chat_template": None}
     tokenizers = [byte_level_tokenizer(**template), metaspace_tokenizer(), byte_level_tokenizer(vocab_size=330)]
     tokenizers = tokenizers[: sharers + 1]

@@ -40,7 +40,7 @@ def add_evaluation_commands(
     add_model_arguments(evaluate, named=False)
     evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="default arc_challenge openbookqa; ? lists all")
     evaluate.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="default receiver sharer c2c mismatched alone; ? lists all"
+        "--methods", nargs="+", metavar="METHOD", help="default receiver sharer c2c mismatched fusion_off; ? lists all"
     )
     evaluate.add_argument("--output", type=Path, metavar="FOLDER", help="default: evaluation/NAME OF THE FUSER")
     evaluate.add_argument("--data-dir", type=Path, metavar="FOLDER", help="JSON Lines in place of data from the Hub")
@@ -51,9 +51,15 @@ def add_evaluation_commands(
     evaluate.add_argument(
         "--background-tokens", type=positive, default=256, metavar="N", help="of the method text_to_text (default 256)"
     )
-    evaluate.add_argument("--adapter", metavar="LORA", help="for the method lora (default: the fuser's own)")
-    evaluate.add_argument("--self-fuser", metavar="FUSER", help="fuser whose sharer is the receiver, for self")
-    evaluate.add_argument("--fusion-fuser", metavar="FUSER", help="fuser that is no memory fuser, for slice")
+    evaluate.add_argument(
+        "--adapter", metavar="LORA", help="for the method receiver_with_adapter (default: the fuser's own)"
+    )
+    evaluate.add_argument(
+        "--self-fuser", metavar="FUSER", help="fuser whose sharer is the receiver, for the method receiver_as_sharer"
+    )
+    evaluate.add_argument(
+        "--fusion-fuser", metavar="FUSER", help="fuser with mode=fusion, for the method same_text_fusion"
+    )
     evaluate.add_argument(
         "--chat-template-kwargs",
         type=json.loads,
@@ -72,12 +78,12 @@ def add_evaluation_commands(
 
 def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
     from ..evaluation.evaluate import DEFAULT_METHODS, DEFAULT_TASKS, evaluate
-    from ..evaluation.methods import METHODS
-    from ..evaluation.tasks import task_names
+    from ..evaluation.methods.registry import METHODS
+    from ..evaluation.tasks.task import task_names
 
     if parsed.tasks == ["?"] or parsed.methods == ["?"]:
         print("Tasks: " + ", ".join(task_names()))
-        print("\n".join(["Methods:", *(f"  {name:<14}{text}" for name, text in METHODS.items())]))
+        print("\n".join(["Methods:", *(f"  {name:<22}{text}" for name, text in METHODS.items())]))
         return
     name = "untrained" if parsed.model is None else Path(parsed.model).resolve().name
     model, processor = load(parsed)
@@ -110,7 +116,7 @@ def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
     for result in metrics["results"]:
         low, high = result["interval"]
         print(
-            f"{result['task']:<24} {result['method']:<14} {result['metric']:<16} {100 * result['value']:5.1f} "
+            f"{result['task']:<24} {result['method']:<22} {result['metric']:<16} {100 * result['value']:5.1f} "
             f"[{100 * low:.1f}, {100 * high:.1f}]  {result['num_items']} items"
         )
     for gain in metrics["pairing_gain"]:

@@ -1,1 +1,1 @@
-"""Evaluation: tasks, methods, controls, statistics and the report; the engine is lm-evaluation-harness."""
+"""Evaluation: benchmarks, methods with controls, metrics, and the report; the engine is lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""One call from a fuser to a table: load tasks, answer them by all methods, compute, report."""
+"""One call from a fuser to a table: load tasks, answer them by all methods, compute results, write the report."""
 
 import hashlib
 import platform
@@ -10,18 +10,18 @@ from typing import Any
 from ..checkpoints.receiver_adapter import has_adapter
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .answering import PlainAnswerer
-from .methods import DERIVED, build_methods
-from .metrics import compute_metrics
-from .records import RunFolder
+from .methods.answerer import ModelAnswerer
+from .methods.registry import DERIVED_METHODS, ModelWithProcessor, build_methods
 from .report import write_report
-from .running import answer_tasks
-from .tasks import load_tasks
+from .results import compute_results
+from .run_records import RunFolder, write_json
+from .runner import answer_tasks
+from .tasks.task import load_tasks
 
-#: What a sceptic asks for first.
 DEFAULT_TASKS = ("arc_challenge", "openbookqa")
-DEFAULT_METHODS = ("receiver", "sharer", "c2c", "mismatched", "alone")
-_PACKAGES = ("c2c_hf", "torch", "transformers", "tokenizers", "datasets", "lm_eval", "scipy")
+#: Both models without fusion, C2C, and the two controls that a gain must be measured against.
+DEFAULT_METHODS = ("receiver", "sharer", "c2c", "mismatched", "fusion_off")
+_PACKAGES = ("c2c_hf", "torch", "transformers", "tokenizers", "datasets", "evaluate", "lm_eval", "scipy")
 
 
 def evaluate(
@@ -37,57 +37,63 @@ def evaluate(
     chat: bool = True,
     max_new_tokens: int | None = None,
     adapter: str | None = None,
-    self_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
-    template_kwargs: dict[str, Any] | None = None,
+    self_fuser: ModelWithProcessor | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
-    fusion_fuser: tuple[C2CForCausalLM, C2CProcessor] | None = None,
+    fusion_fuser: ModelWithProcessor | None = None,
 ) -> dict[str, Any]:
     """Evaluate a fuser against baselines and controls on the same items.
 
-    Called again with the same folder it goes on where it was interrupted, and answers further tasks and methods.
+    Called again with the same folder it continues an interrupted run, and adds further tasks and methods.
 
     Args:
-        model: The pair.
+        model: The C2C model.
         processor: Its processor.
         output: Folder of the run: `predictions.jsonl`, `metrics.json`, `report.md`, plots and the configuration.
         tasks: Names of tasks, see `c2c evaluate --help`.
         methods: Names of methods, see `METHODS`.
         data_dir: Folder of JSON Lines; `None`: data from the Hub.
         limit: Items per task, drawn at random by `seed`; `None`: all.
-        batch_size: Prompts read together.
+        batch_size: Number of prompts per batch.
         seed: Of the draw, of random controls and of the bootstrap.
-        chat: Ask for written answers through each model's chat template, where it has one.
-        max_new_tokens: Longest written answer; `None`: as the task says.
-        adapter: Folder or Hub id of a LoRA adapter for the receiver, for the method `lora`.
-        self_fuser: A pair whose sharer is its receiver, for the method `self`.
-        template_kwargs: Handed to every chat template, such as `{"enable_thinking": False}`.
-        background_tokens: Longest background of the method `text_to_text`.
-        fusion_fuser: A pair with `mode="fusion"`, for the method `slice`.
+        chat: Whether generated answers are asked for through each model's chat template, where it has one.
+        max_new_tokens: Maximum length of a generated answer; `None`: the task's.
+        adapter: Folder or Hub id of a LoRA adapter for the receiver, for the method `receiver_with_adapter`.
+        self_fuser: A fuser whose sharer is its receiver, for the method `receiver_as_sharer`.
+        chat_template_kwargs: Arguments of every chat template, such as `{"enable_thinking": False}`.
+        background_tokens: Maximum length of the background of the method `text_to_text`.
+        fusion_fuser: A fuser with `mode="fusion"`, for the method `same_text_fusion`.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
 
     Raises:
         ValueError: For unknown names, damaged data, a folder of another run, or a memory fuser and a task without
             contexts.
-        FileNotFoundError: The data are not there.
+        FileNotFoundError: The data are missing.
     """
     if "routing" in methods:
-        # It is worked out of the others' answers.
+        # It is computed from these methods' records.
         methods = list(dict.fromkeys(["receiver", "sharer", *methods]))
-    answered = [method for method in methods if method not in DERIVED]
-    answering = build_methods(
-        answered, model, processor, adapter, self_fuser, template_kwargs, background_tokens, fusion_fuser
+    built = build_methods(
+        [method for method in methods if method not in DERIVED_METHODS],
+        model,
+        processor,
+        adapter,
+        self_fuser,
+        chat_template_kwargs,
+        background_tokens,
+        fusion_fuser,
     )
     loaded = load_tasks(tasks, None if data_dir is None else str(data_dir), limit, seed)
-    bare = [task.name for task in loaded if not any(item.context for item in task.items)]
-    if model.config.mode == "memory" and bare:
+    without_context = [task.name for task in loaded if not any(item.context for item in task.items)]
+    if model.config.mode == "memory" and without_context:
         raise ValueError(
-            f"`tasks`: {bare} have no contexts, without which a memory fuser changes nothing; choose tasks that do, "
-            "such as 'private_facts'."
+            f"`tasks`: {without_context} have no contexts, without which a memory fuser changes nothing; choose tasks "
+            "that do, such as 'private_facts'."
         )
-    if "routing" in methods and (written := [task.name for task in loaded if task.is_written]):
-        raise ValueError(f"`methods`: 'routing' compares choices' likelihoods, but {written} ask for written answers.")
+    if "routing" in methods and (generated := [task.name for task in loaded if task.is_generation]):
+        raise ValueError(f"`methods`: 'routing' compares choices' likelihoods, but {generated} generate answers.")
     settings = _settings(
         model,
         limit=limit,
@@ -95,26 +101,26 @@ def evaluate(
         chat=chat,
         max_new_tokens=max_new_tokens,
         adapter=adapter,
-        template_kwargs=template_kwargs,
+        chat_template_kwargs=chat_template_kwargs,
         background_tokens=background_tokens,
     )
     folder = RunFolder(output, settings)
-    answer_tasks(folder, loaded, answering, batch_size, seed, chat, max_new_tokens)
+    answer_tasks(folder, loaded, built, batch_size, seed, chat, max_new_tokens)
     sizes = {
         name: method.base_model.num_parameters()
-        for name, method in answering.items()
-        if name.startswith("sharer") and isinstance(method, PlainAnswerer)
+        for name, method in built.items()
+        if name.startswith("sharer") and isinstance(method, ModelAnswerer)
     }
-    # Those of earlier calls too.
+    # Earlier calls may have recorded more methods.
     recorded = (record["method"] for record in folder.records)
-    metrics = compute_metrics(
+    results = compute_results(
         folder.records,
-        list(dict.fromkeys([*answering, *recorded, *(method for method in methods if method in DERIVED)])),
+        list(dict.fromkeys([*built, *recorded, *(method for method in methods if method in DERIVED_METHODS)])),
         max(sizes, key=lambda name: sizes[name], default="sharer"),
         seed,
     )
-    metrics = {**metrics, "versions": versions(), "seed": seed, "config": settings, "batch_size": batch_size}
-    folder.write_json("metrics.json", metrics)
+    metrics = {**results, "versions": versions(), "seed": seed, "config": settings, "batch_size": batch_size}
+    write_json(folder.path / "metrics.json", metrics)
     write_report(folder.path, metrics, folder.records)
     return metrics
 
@@ -130,11 +136,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _settings(model: C2CForCausalLM, **choices: Any) -> dict[str, Any]:
+def _settings(model: C2CForCausalLM, **options: object) -> dict[str, Any]:
     config = model.config
     return {
         "fuser": model.name_or_path or "untrained",
-        "fuser_sha256": _digest(model),
+        "fuser_sha256": _fuser_hash(model),
         "receiver": config.receiver_name_or_path,
         "receiver_revision": config.receiver_revision,
         "receiver_fingerprint": config.receiver_fingerprint,
@@ -144,19 +150,20 @@ def _settings(model: C2CForCausalLM, **choices: Any) -> dict[str, Any]:
         "token_alignment": config.token_alignments,
         "dtype": str(model.receiver.dtype).removeprefix("torch."),
         "device": str(model.device),
-        **choices,
+        **options,
     }
 
 
-def _digest(model: C2CForCausalLM) -> str:
-    """Hash what was trained: a folder may be trained on, and its old answers must not count for the new fuser."""
+def _fuser_hash(model: C2CForCausalLM) -> str:
+    """Hash the trained weights: a folder may be trained further, and its old answers are not the new fuser's."""
     digest = hashlib.sha256()
     trained = dict(model.fuser.named_parameters())
     if has_adapter(model.receiver):
-        base = {name for name, _ in model.receiver.named_parameters() if ".base_layer." in name}
-        tuned = {name.rpartition(".base_layer.")[0] for name in base}
-        own = model.receiver.named_parameters()
-        trained |= {name: value for name, value in own if name not in base and name.startswith(tuple(tuned))}
+        # An adapted layer holds its original one as `base_layer`; everything else in it is the adapter's.
+        original = {name for name, _ in model.receiver.named_parameters() if ".base_layer." in name}
+        adapted = tuple({name.rpartition(".base_layer.")[0] for name in original})
+        parameters = model.receiver.named_parameters()
+        trained |= {name: value for name, value in parameters if name not in original and name.startswith(adapted)}
     for name, parameter in sorted(trained.items()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().float().contiguous().numpy().data)

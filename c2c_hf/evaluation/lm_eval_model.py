@@ -1,4 +1,4 @@
-"""The model type `c2c` of lm-evaluation-harness, and its command line with that type and our tasks known."""
+"""The model type `c2c` of lm-evaluation-harness, and its command line with that type and the tasks `c2c_...`."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,32 +13,31 @@ from tqdm.auto import tqdm
 
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .answering import Query
-from .controls import CONTROLS
-from .fused_answering import C2CAnswerer
-from .tasks import TASK_FOLDER
+from .methods.answerer import Query
+from .methods.c2c_answerer import C2CAnswerer
+from .methods.controls import CONTROLS
+from .tasks.task import TASK_FOLDER
 
 
 @register_model("c2c")
 class C2CLM(HFLM):
-    """A fuser with its base models, as `--model c2c --model_args pretrained=FUSER` names it.
+    """A fuser with its base models: `--model c2c --model_args pretrained=FUSER`.
 
-    Each prompt is read and fused once for all its continuations. Prompts that a chat template rendered are read by
-    every sharer through its own template. Rolling log-likelihoods and empty prompts leave nothing to fuse: they are
-    the receiver's.
+    Each prompt is prefilled and fused once for all its continuations. Conversations are rendered by the chat template
+    of each model. Rolling log-likelihoods and empty prompts have no prompt to fuse: they are the receiver's.
 
     Args:
         pretrained: Folder or Hub id of a fuser with its processor, or a loaded model.
         processor: Its processor; `None`: the one saved with the fuser.
-        control: One of `controls.CONTROLS`; `"alone"`: fusion is off.
-        receiver: In place of the recorded receiver.
-        sharers: In place of the recorded sharers, joined by `+`.
+        control: A name in `CONTROLS` whose control needs no other question; `"fusion_off"`: fusion is off.
+        receiver: Name or path in place of the recorded receiver.
+        sharers: Names or paths in place of the recorded sharers, joined by `+`.
         dtype: Of the base models; `"auto"`: as saved.
         device: Such as `"cuda"`; `None`: where the models are loaded.
-        batch_size: Prompts read together.
+        batch_size: Number of prompts per batch.
         max_batch_size: Not used, since `batch_size` is a number.
-        max_length: Longest prompt with its continuation, in tokens; `None`: what every model can read.
-        chat_template_args: Handed to chat templates, such as `{"enable_thinking": False}`.
+        max_length: Longest prompt with its continuation, in tokens; `None`: the shortest context of all models.
+        chat_template_args: Arguments of chat templates, such as `{"enable_thinking": False}`.
 
     Raises:
         ValueError: An argument is unknown or has no such value.
@@ -58,8 +57,8 @@ class C2CLM(HFLM):
         max_length: int | None = None,
         chat_template_args: dict[str, Any] | None = None,
     ) -> None:
-        if control not in CONTROLS or CONTROLS[control].needs_donors:
-            known = [name for name, known in CONTROLS.items() if not known.needs_donors]
+        if control not in CONTROLS or CONTROLS[control].needs_mismatched:
+            known = [name for name, known in CONTROLS.items() if not known.needs_mismatched]
             raise ValueError(f"`control` must be one of {known}, but got {control!r}; `c2c evaluate` has them all.")
         if not str(batch_size).isdecimal():
             raise ValueError(f"`batch_size` must be a number with the model type c2c, but got {batch_size!r}.")
@@ -73,7 +72,7 @@ class C2CLM(HFLM):
             model = pretrained
         if processor is None:
             raise ValueError("`processor` must be given with a loaded model.")
-        # As the harness cuts prompts that are too long.
+        # The harness truncates prompts on the left.
         processor.tokenizer.truncation_side = "left"
         super().__init__(
             model,
@@ -83,20 +82,20 @@ class C2CLM(HFLM):
             chat_template_args=chat_template_args,
         )
         self.answerer = C2CAnswerer(model, processor, CONTROLS[control])
-        self.answerer.template_kwargs = chat_template_args or {}
+        self.answerer.chat_template_kwargs = chat_template_args or {}
         self._chats: dict[str, Query] = {}
 
     @property
     def max_length(self) -> int:
-        """The shortest context of all models that read, in tokens."""
+        """The shortest context of all models that run, in tokens."""
         if self._max_length:
             return self._max_length
         model = self.answerer.c2c_model
-        readers = [model.receiver, *(model.sharers if self.answerer.control.reads_sharers else [])]
-        return min(resolve_max_length(reader.config, self.tokenizer) for reader in readers)
+        models = [model.receiver, *(model.sharers if self.answerer.control.uses_sharers else [])]
+        return min(resolve_max_length(model.config, self.tokenizer) for model in models)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation with the receiver's template, and remember it for the sharers' own."""
+        """Render a conversation with the receiver's template, and keep it for the sharers' own templates."""
         rendered = str(super().apply_chat_template(chat_history, add_generation_prompt))
         self._chats[rendered] = Query(chat_history, continues=not add_generation_prompt)
         return rendered
@@ -107,8 +106,8 @@ class C2CLM(HFLM):
         empty = [index for index, request in enumerate(requests) if not request.args[0]]
         if empty:
             with self.model.disable_fusion():
-                alone = super().loglikelihood([requests[index] for index in empty], disable_tqdm)
-            results.update(zip(empty, alone, strict=True))
+                unfused = super().loglikelihood([requests[index] for index in empty], disable_tqdm)
+            results.update(zip(empty, unfused, strict=True))
         by_prompt: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             if request.args[0]:
@@ -118,7 +117,7 @@ class C2CLM(HFLM):
                 rows = [by_prompt[requests[index].args[0]] for index in firsts]
                 texts = [[requests[index].args[1] for index in row] for row in rows]
                 longest = max(len(self.tok_encode(text, add_special_tokens=False)) for row in texts for text in row)
-                # The last token is only predicted, one more of the prompt's may be read; a space may move.
+                # The last token of a continuation is only predicted, which leaves a spare one: a space may move.
                 self.answerer.max_length = self.max_length - longest
                 scores = self.answerer.score([self._query(requests[index]) for index in firsts], texts)
                 for row, row_scores in zip(rows, scores, strict=True):
@@ -129,18 +128,18 @@ class C2CLM(HFLM):
         return [results[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of whole texts under the receiver alone: there is no prompt to fuse."""
+        """Return the log-likelihood of whole texts without fusion: there is no prompt to fuse."""
         with self.model.disable_fusion():
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Write answers up to their stop strings."""
+        """Generate answers up to their stop strings."""
         results: dict[int, str] = {}
-        alike: dict[str, list[int]] = {}
+        same_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            alike.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+            same_settings.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as progress:
-            for indices in alike.values():
+            for indices in same_settings.values():
                 kwargs = dict(normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks))
                 stop = handle_stop_sequences(kwargs.pop("until"), eos=None)
                 max_new_tokens = kwargs.pop("max_gen_toks")
@@ -153,8 +152,8 @@ class C2CLM(HFLM):
                 self.answerer.max_length = self.max_length - max_new_tokens
                 for batch in self._batches(requests, indices):
                     queries = [self._query(requests[index]) for index in batch]
-                    written = self.answerer.write(queries, max_new_tokens, stop, **kwargs)
-                    for index, answer in zip(batch, written, strict=True):
+                    answers = self.answerer.generate(queries, max_new_tokens, stop, **kwargs)
+                    for index, answer in zip(batch, answers, strict=True):
                         results[index] = answer.text
                         self.cache_hook.add_partial("generate_until", requests[index].args, answer.text)
                     progress.update(len(batch))
@@ -165,29 +164,29 @@ class C2CLM(HFLM):
         return self._chats.get(prompt, Query(prompt))
 
     def _batches(self, requests: Sequence[Instance], indices: Sequence[int]) -> Iterator[list[int]]:
-        """Cut requests into batches of like ones, the longest first."""
+        """Split requests into batches of one kind of prompt each, the longest first."""
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for index in indices:
             query = self._query(requests[index])
             kinds.setdefault((isinstance(query.prompt, str), query.continues), []).append(index)
-        for alike in kinds.values():
-            alike.sort(key=lambda index: -len(requests[index].args[0]))
-            for start in range(0, len(alike), self.batch_size):
-                yield alike[start : start + self.batch_size]
+        for same_kind in kinds.values():
+            same_kind.sort(key=lambda index: -len(requests[index].args[0]))
+            for start in range(0, len(same_kind), self.batch_size):
+                yield same_kind[start : start + self.batch_size]
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
-    """Run the command line of lm-evaluation-harness, with the model type `c2c` and our tasks, `c2c_...`, known.
+    """Run the command line of lm-evaluation-harness with the model type `c2c` and the tasks `c2c_...`.
 
     Args:
-        arguments: Its words, as behind `lm_eval`.
+        arguments: Command-line arguments of `lm_eval`.
     """
-    words = list(arguments)
-    if "--tasks" in words and "--include_path" not in words:
-        words += ["--include_path", str(TASK_FOLDER)]
-    own, sys.argv = sys.argv, ["c2c lm-eval", *words]
+    arguments = list(arguments)
+    if "--tasks" in arguments and "--include_path" not in arguments:
+        arguments += ["--include_path", str(TASK_FOLDER)]
+    own, sys.argv = sys.argv, ["c2c lm-eval", *arguments]
     try:
-        # It reads the process's words, and inserts the subcommand where it is left out.
+        # It parses `sys.argv`, and inserts a missing subcommand there.
         harness = HarnessCLI()
         harness.execute(harness.parse_args())
     finally:

@@ -1,29 +1,34 @@
-"""`report.md` and its plots."""
+"""The report of a run: `report.md` with its tables, and the plots."""
 
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .methods import METHODS
-from .metrics import group_records
-from .records import Record
+from .methods.registry import METHODS
+from .run_records import Record, group_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
-#: How each signal of an abstention decides.
-_DECIDING = {"confidence": "where the receiver is unsure", "gate_weight": "where the gates' weights say so"}
+#: How each signal of selective fusion decides.
+_SIGNALS = {"confidence": "where the receiver is unsure", "gate_weight": "where the gate weights say so"}
+#: Columns of a table beside the accuracy, where a task has them.
+_FURTHER_METRICS = {"strict": "accuracy_strict", "exact match": "exact_match", "F1": "f1"}
 
 
 def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record]) -> None:
-    """Write `report.md`, `accuracy.png`, `latency.png`, for tasks with subjects `subjects.png`, and `abstention.png`.
+    """Write `report.md` and its plots, as far as there is something to plot.
 
     Args:
         folder: The run's folder.
-        metrics: From [`metrics.compute_metrics`], with `versions`, `seed` and `config`.
+        metrics: From [`~results.compute_results`], with `versions`, `seed` and `config`.
         records: All predictions.
     """
     plots: list[str | None] = []
@@ -31,7 +36,7 @@ def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record
         logger.warning('The report has no plots, since matplotlib is missing: run `pip install "c2c_hf[eval]"`.')
     else:
         plots = [_plot_accuracy(folder, metrics), _plot_latency(folder, metrics), _plot_subjects(folder, records)]
-        plots.append(_plot_abstention(folder, metrics))
+        plots.append(_plot_selective_fusion(folder, metrics))
     lines = ["# Evaluation", "", *_headline(metrics), *_tables(metrics), *_failures(records)]
     lines += [f"![{name}]({name})" for name in plots if name]
     lines += ["", "## How it was run", "", "| | |", "| --- | --- |"]
@@ -40,61 +45,68 @@ def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record
 
 
 def _headline(metrics: dict[str, Any]) -> list[str]:
-    """Say the pairing gain first: what the right sharer adds over a wrong one."""
+    """Return the lines above the tables; the pairing gain comes first."""
     lines = []
     for gain in metrics["pairing_gain"]:
         low, high = gain["interval"]
-        verdict = "the right cache helps" if low > 0 else "it hurts" if high < 0 else "not told apart from chance"
+        verdict = (
+            "the right cache helps" if low > 0 else "the right cache hurts" if high < 0 else "no significant gain"
+        )
         lines.append(
             f"**Pairing gain, {gain['task']}: {100 * gain['value']:+.1f} points** "
             f"[{100 * low:+.1f}, {100 * high:+.1f}], {gain['num_items']} items: {verdict}.\n"
         )
     for result in metrics["results"]:
-        if result["metric"] == "accuracy" and "gain_over_alone" in result:
-            lines.append(f"C2C over itself with fusion off, {result['task']}: {_gain(result['gain_over_alone'])}.\n")
+        if result["metric"] == "accuracy" and "gain_over_fusion_off" in result:
+            lines.append(
+                f"C2C over itself with fusion off, {result['task']}: {_gain(result['gain_over_fusion_off'])}.\n"
+            )
     for gap in metrics["performance_gap_recovered"]:
-        value = "no sharer is stronger than the receiver" if gap["value"] is None else f"{100 * gap['value']:.0f} %"
+        value = (
+            "no sharer is more accurate than the receiver" if gap["value"] is None else f"{100 * gap['value']:.0f} %"
+        )
         lines.append(f"Performance gap recovered, {gap['task']}: {value}.\n")
-    for found in metrics.get("abstention", []):
+    for found in metrics["selective_fusion"]:
         calibrated = found["calibrated"]
         lines.append(
-            f"Fusing only {_DECIDING[found['signal']]}, {found['task']}: "
+            f"Fusing only {_SIGNALS[found['signal']]}, {found['task']}: "
             f"{_percent(calibrated['value'], calibrated['interval'])} with {calibrated['share_fused']:.0%} fused; the "
-            f"better of both, item by item, would be {100 * found['oracle']:.1f}.\n"
+            f"better of both, item by item, gives {100 * found['oracle']:.1f}.\n"
         )
-    explained = "Pairing gain is C2C minus C2C whose sharers read another question, item by item."
+    explained = "Pairing gain is C2C less C2C with mismatched sharers, item by item."
     return [*lines, f"{explained} Intervals are 95 %.", ""]
 
 
 def _tables(metrics: dict[str, Any]) -> list[str]:
+    """Return a table per task, a row per method."""
     lines = []
     for task in dict.fromkeys(result["task"] for result in metrics["results"]):
         rows = [result for result in metrics["results"] if result["task"] == task]
-        strict = {row["method"]: row["value"] for row in rows if row["metric"] == "accuracy_strict"}
-        lines += [
-            f"## {task}",
-            "",
-            f"| method | accuracy | {'strict | ' if strict else ''}over the receiver | items | failed | unreadable | "
-            "seconds (sharer, fusion, prefill, decode) | tokens read + written |",
-            "| --- " * (9 if strict else 8) + "|",
-        ]
+        values = {(row["metric"], row["method"]): f"{100 * row['value']:.1f}" for row in rows}
+        further = {name: metric for name, metric in _FURTHER_METRICS.items() if any(m == metric for m, _ in values)}
+        columns = ["method", "accuracy", *further, "over the receiver", "items", "failed", "no answer found"]
+        columns += ["seconds (sharer, fusion, prefill, decode)", "tokens, prompt + generated"]
+        lines += [f"## {task}", "", _row(columns), _row(["---"] * len(columns))]
         for row in (row for row in rows if row["metric"] == "accuracy"):
-            seconds = row["seconds"]
-            parts = ", ".join(f"{seconds[name]:.3f}" for name in ("sharer", "fusion", "prefill", "decode"))
+            seconds, tokens = row["seconds"], row["tokens"]
+            stages = ", ".join(f"{seconds[name]:.3f}" for name in ("sharer", "fusion", "prefill", "decode"))
             cells = [row["method"], _percent(row["value"], row["interval"])]
-            if strict:
-                cells.append(f"{100 * strict[row['method']]:.1f}")
+            cells += [values.get((metric, row["method"]), "") for metric in further.values()]
             cells += [_gain(row.get("gain_over_receiver")), str(row["num_items"]), str(row["num_failed"])]
-            tokens = f"{row['tokens']['read']:.0f} + {row['tokens']['written']:.0f}" if row["tokens"] else ""
-            cells += [str(row["num_unreadable"]), f"{seconds['total']:.3f} ({parts})", tokens]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells += [str(row["num_without_answer"]), f"{seconds['total']:.3f} ({stages})"]
+            cells.append(f"{tokens['prompt']:.0f} + {tokens['generated']:.0f}" if tokens else "")
+            lines.append(_row(cells))
         lines.append("")
     used = dict.fromkeys(result["method"] for result in metrics["results"])
     lines += [f"- **{name}**: {METHODS.get(name, METHODS['sharer'])}" for name in used]
     explained = "Seconds and tokens are medians per item; the p-value is McNemar's."
-    if any(result["method"] == "c2c" and not result["seconds"]["sharer"] for result in metrics["results"]):
-        explained += " C2C's prefill holds the sharers' reading, beside the receiver's where that is faster."
+    if any(row["method"] == "c2c" and not row["seconds"]["sharer"] for row in _accuracies(metrics)):
+        explained += " C2C's prefill includes the sharers', which run beside the receiver where that is faster."
     return [*lines, "", explained, ""]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _percent(value: float, interval: Sequence[float]) -> str:
@@ -117,9 +129,9 @@ def _failures(records: Sequence[Record]) -> list[str]:
     return ["## Failed items, counted as wrong", "", *listed, ""]
 
 
-def _new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def _new_figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, Sequence[Axes]]":
     """Return a figure and the axes of each column."""
-    # Without a display, and without changing the caller's settings as pyplot would.
+    # Not pyplot, which needs a display and changes the caller's settings.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,7 +145,7 @@ def _accuracies(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _plot_accuracy(folder: Path, metrics: dict[str, Any]) -> str:
-    """Plot a panel for each task, a line for each method; the receiver's accuracy is dashed."""
+    """Plot a panel for each task, a line for each method; a dashed line is the receiver's accuracy."""
     results = _accuracies(metrics)
     tasks = list(dict.fromkeys(result["task"] for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
@@ -150,7 +162,7 @@ def _plot_accuracy(folder: Path, metrics: dict[str, Any]) -> str:
                 axes.axvline(value, color="0.5", linestyle="--", linewidth=1)
         axes.set_title(task, fontsize="medium")
         axes.set_xlabel("accuracy, %, 95 % interval")
-    # All panels have the same methods; the first one stands on top.
+    # All panels have the same methods, the first one on top.
     panels[0].set_yticks(range(len(methods)), methods)
     panels[0].set_ylim(len(methods) - 0.5, -0.5)
     figure.savefig(folder / "accuracy.png", dpi=120)
@@ -169,7 +181,7 @@ def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
     for index, task in enumerate(tasks):
         axes.plot([], [], markers[index % len(markers)], color=f"C{index}", label=task)
     axes.set_xscale("log")
-    # Room for the names.
+    # Space for the names.
     axes.margins(x=0.2)
     axes.set_xlabel("median seconds per item")
     axes.set_ylabel("accuracy, %")
@@ -178,22 +190,22 @@ def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
     return "latency.png"
 
 
-def _plot_abstention(folder: Path, metrics: dict[str, Any]) -> str | None:
-    if not metrics.get("abstention"):
+def _plot_selective_fusion(folder: Path, metrics: dict[str, Any]) -> str | None:
+    if not metrics["selective_fusion"]:
         return None
     figure, (axes,) = _new_figure(6, 4)
-    for index, found in enumerate(metrics["abstention"]):
+    for index, found in enumerate(metrics["selective_fusion"]):
         shares, values = zip(*found["curve"], strict=True)
         color, calibrated = f"C{index}", found["calibrated"]
-        label = f"{found['task']}, {_DECIDING[found['signal']]}"
+        label = f"{found['task']}, {_SIGNALS[found['signal']]}"
         axes.plot(100 * np.array(shares), 100 * np.array(values), "-", color=color, label=label)
         axes.plot(100 * calibrated["share_fused"], 100 * calibrated["value"], "o", color=color)
         axes.axhline(100 * found["oracle"], color=color, linestyle=":", linewidth=1)
-    axes.set_xlabel("share of the questions that fuse, % (dot: calibrated)")
+    axes.set_xlabel("share of the questions that are fused, % (dot: calibrated)")
     axes.set_ylabel("accuracy, % (dotted: the better of both, item by item)")
     axes.legend(fontsize="small")
-    figure.savefig(folder / "abstention.png", dpi=120)
-    return "abstention.png"
+    figure.savefig(folder / "selective_fusion.png", dpi=120)
+    return "selective_fusion.png"
 
 
 def _plot_subjects(folder: Path, records: Sequence[Record]) -> str | None:

@@ -23,11 +23,11 @@ pytest.importorskip("lm_eval", reason=NEEDS)
 pytest.importorskip("scipy", reason=NEEDS)
 
 from c2c_hf.evaluation.evaluate import evaluate  # noqa: E402
-from c2c_hf.evaluation.methods import METHODS, build_methods  # noqa: E402
-from c2c_hf.evaluation.records import RunFolder  # noqa: E402
-from c2c_hf.evaluation.tasks import Item, load_tasks  # noqa: E402
+from c2c_hf.evaluation.methods.registry import METHODS, build_methods  # noqa: E402
+from c2c_hf.evaluation.run_records import RunFolder  # noqa: E402
+from c2c_hf.evaluation.tasks.task import Item, load_tasks  # noqa: E402
 
-ALL = [name for name in METHODS if name not in ("lora", "self", "fusion")]
+ALL = [name for name in METHODS if name not in ("receiver_with_adapter", "receiver_as_sharer", "same_text_fusion")]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def test_a_run_leaves_evidence(fuser: Path, data_dir: Path, capsys: pytest.Captu
     # Methods that switch fusion off agree with the receiver, item by item.
     scores = {(r["task"], r["method"], r["id"]): r["scores"] for r in predictions(output)}
     for task, method, item in scores:
-        if method in ("alone", "gates_off"):
+        if method in ("fusion_off", "closed_gates"):
             assert scores[task, method, item] == pytest.approx(scores[task, "receiver", item], abs=1e-4)
     report = (output / "report.md").read_text(encoding="utf-8")
     # The tests run on a processor.
-    assert "C2C's prefill holds the sharers' reading, beside the receiver's where that is faster." in report
+    assert "C2C's prefill includes the sharers', which run beside the receiver where that is faster." in report
     assert report.index("Pairing gain, arc_easy") < report.index("## arc_easy")
     assert all(f"| {method} |" in report for method in ALL)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
@@ -72,10 +72,10 @@ def test_a_run_leaves_evidence(fuser: Path, data_dir: Path, capsys: pytest.Captu
     assert config["fuser"] == str(fuser)
 
 
-def test_written_answers_with_every_method(data_dir: Path) -> None:  # noqa: F811
+def test_generated_answers_with_every_method(data_dir: Path) -> None:  # noqa: F811
     model, processor = pair(sharers=2)
     output = data_dir.parent / "run"
-    methods = ["receiver", "sharer", "text_to_text", "c2c", "mismatched", "alone"]
+    methods = ["receiver", "sharer", "text_to_text", "c2c", "mismatched", "fusion_off"]
     metrics = evaluate(
         model,
         processor,
@@ -92,10 +92,10 @@ def test_written_answers_with_every_method(data_dir: Path) -> None:  # noqa: F81
     records = predictions(output)
     assert all(record["num_tokens"] > 0 and record["prompt_tokens"] > 0 for record in records)
     answers = {(r["task"], r["method"], r["id"]): r["text"] for r in records}
-    same = [answers[task, "receiver", item] == text for (task, m, item), text in answers.items() if m == "alone"]
+    same = [answers[task, "receiver", item] == text for (task, m, item), text in answers.items() if m == "fusion_off"]
     assert same and all(same)
     assert any(answers[t, "receiver", i] != text for (t, m, i), text in answers.items() if m == "c2c")
-    with pytest.raises(ValueError, match=r"'routing' .*\['arc_easy_generate'\] ask for written answers"):
+    with pytest.raises(ValueError, match=r"'routing' .*\['arc_easy_generate'\] generate answers"):
         evaluate(model, processor, output, ["arc_easy_generate"], ["routing"], data_dir)
 
 
@@ -172,7 +172,7 @@ def test_a_failing_item_counts_as_wrong_and_is_listed(data_dir: Path) -> None:  
     output = data_dir.parent / "run"
     metrics = evaluate(model, processor, output, ["arc_easy"], ["receiver", "c2c"], data_dir)
     for result in metrics["results"]:
-        assert (result["num_items"], result["num_failed"], result["num_unreadable"]) == (6, 1, 1)
+        assert (result["num_items"], result["num_failed"], result["num_without_answer"]) == (6, 1, 1)
     failed = [record for record in predictions(output) if "error" in record]
     assert [(record["id"], record["correct"]) for record in failed] == [("q3", 0)] * 2
     report = (output / "report.md").read_text(encoding="utf-8")
@@ -197,7 +197,7 @@ def test_folders_of_another_run(data_dir: Path, tmp_path: Path) -> None:  # noqa
     file = output / "predictions.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines()
     for damaged, message in (
-        (lines[1][:20], "line 2 is no JSON"),
+        (lines[1][:20], "line 2 is not JSON"),
         ('{"task": "arc_easy"}', r"line 2 lacks \['method'"),
     ):
         file.write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n", encoding="utf-8")
@@ -212,8 +212,8 @@ def test_folders_of_another_run(data_dir: Path, tmp_path: Path) -> None:  # noqa
     [
         (["--tasks", "arc_hard"], r"`tasks` must be among \["),
         (["--methods", "telepathy"], r"`methods` must be among \['receiver'.*but got \['telepathy'\]"),
-        (["--methods", "lora"], "'lora' needs `adapter`"),
-        (["--methods", "self"], "'self' needs `self_fuser`"),
+        (["--methods", "receiver_with_adapter"], "'receiver_with_adapter' needs `adapter`"),
+        (["--methods", "receiver_as_sharer"], "'receiver_as_sharer' needs `self_fuser`"),
         (["--tasks", "openbookqa"], r"`data_dir` has no file '.*openbookqa/test.jsonl'"),
     ],
 )
@@ -237,9 +237,10 @@ def test_a_memory_fuser_needs_contexts(data_dir: Path, tmp_path: Path) -> None: 
         evaluate(model, processor, tmp_path / "run", ["arc_easy"], ["c2c"], data_dir)
 
 
-def test_contexts_reach_those_who_may_read_them(tmp_path: Path) -> None:
+def test_contexts_are_prefilled_where_a_method_says_so(tmp_path: Path) -> None:
     model, processor = pair(mode="memory")
-    methods = ["receiver", "reader", "sharer", "c2c", "fusion", "mismatched", "zero", "alone"]
+    methods = ["receiver", "receiver_with_context", "sharer", "c2c", "same_text_fusion", "mismatched", "zero"]
+    methods.append("fusion_off")
     settings = {"limit": 5, "fusion_fuser": pair()}
     metrics = evaluate(model, processor, tmp_path / "run", ["private_facts"], methods, **settings)
     assert [gain["task"] for gain in metrics["pairing_gain"]] == ["private_facts"]
@@ -248,10 +249,10 @@ def test_contexts_reach_those_who_may_read_them(tmp_path: Path) -> None:
     for record in predictions(tmp_path / "run"):
         scores.setdefault(record["method"], {})[record["id"]] = record["scores"]
     (task,) = load_tasks(["private_facts"], limit=5)
-    donors = task.donors()
+    mismatched = task.mismatched_items()
     for item in task.items:
         assert item.context and item.context not in item.prompt
-        assert donors[item.id].context != item.context
+        assert mismatched[item.id].context != item.context
 
         def expected(prompt: str, context: str | None, item: Item = item) -> list[float]:
             inputs = processor([prompt], sharer_context=context)
@@ -260,16 +261,16 @@ def test_contexts_reach_those_who_may_read_them(tmp_path: Path) -> None:
             return pytest.approx(continuation_scores(model, inputs, [ids]).logprobs.sum(1).tolist(), abs=1e-3)
 
         assert scores["c2c"][item.id] == expected(item.prompt, item.context)
-        assert scores["mismatched"][item.id] == expected(item.prompt, donors[item.id].context)
-        assert scores["reader"][item.id] == expected(f"{item.context}\n\n{item.prompt}", None)
+        assert scores["mismatched"][item.id] == expected(item.prompt, mismatched[item.id].context)
+        assert scores["receiver_with_context"][item.id] == expected(f"{item.context}\n\n{item.prompt}", None)
         assert scores["receiver"][item.id] == expected(item.prompt, None)
-        assert scores["alone"][item.id] == pytest.approx(scores["receiver"][item.id], abs=1e-4)
-    for name in ("reader", "c2c", "fusion", "mismatched", "zero"):
+        assert scores["fusion_off"][item.id] == pytest.approx(scores["receiver"][item.id], abs=1e-4)
+    for name in ("receiver_with_context", "c2c", "same_text_fusion", "mismatched", "zero"):
         assert scores[name] != scores["receiver"]
-    with pytest.raises(ValueError, match="'gates_off' needs gates"):
-        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["gates_off"], limit=5)
-    with pytest.raises(ValueError, match="'fusion' needs `fusion_fuser`"):
-        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["fusion"], limit=5)
+    with pytest.raises(ValueError, match="'closed_gates' needs gates"):
+        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["closed_gates"], limit=5)
+    with pytest.raises(ValueError, match="'same_text_fusion' needs `fusion_fuser`"):
+        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["same_text_fusion"], limit=5)
 
 
 def test_lists(capsys: pytest.CaptureFixture) -> None:
@@ -281,7 +282,7 @@ def test_lists(capsys: pytest.CaptureFixture) -> None:
 
 # Asked for by peft itself.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_and_a_fuser_onto_itself(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_adapter_and_the_receiver_as_sharer(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     peft = pytest.importorskip("peft")
     model, processor = pair()
     base = build_methods(["receiver"], model, processor)["receiver"].base_model
@@ -299,25 +300,25 @@ def test_lora_and_a_fuser_onto_itself(data_dir: Path, tmp_path: Path) -> None:  
         processor,
         tmp_path / "run",
         ["arc_easy"],
-        ["receiver", "lora", "self"],
+        ["receiver", "receiver_with_adapter", "receiver_as_sharer"],
         data_dir,
         adapter=str(tmp_path / "lora"),
         self_fuser=own,
     )
     scores = {(r["method"], r["id"]): r["scores"] for r in predictions(tmp_path / "run")}
-    for method in ("lora", "self"):
+    for method in ("receiver_with_adapter", "receiver_as_sharer"):
         assert any(scores[method, f"q{i}"] != pytest.approx(scores["receiver", f"q{i}"], abs=1e-2) for i in range(6))
     assert all(before[name].equal(value) for name, value in base.state_dict().items()), "the receiver stays as it was"
 
 
 def test_a_fuser_with_an_adapter(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
-    """The receiver's own numbers are those without the adapter; LoRA and fusion off have it."""
+    """The method `receiver` is without the adapter; `fusion_off` is with it."""
     peft = pytest.importorskip("peft")
     model, processor = pair()
     plain, _ = pair()
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     add_adapter(model.receiver, config)
-    methods = ["receiver", "lora", "alone", "c2c"]
+    methods = ["receiver", "receiver_with_adapter", "fusion_off", "c2c"]
     evaluate(model, processor, tmp_path / "run", ["arc_easy"], methods, data_dir)
     evaluate(plain, processor, tmp_path / "plain", ["arc_easy"], ["receiver", "c2c"], data_dir)
     scores = {(r["method"], r["id"]): r["scores"] for r in predictions(tmp_path / "run")}
@@ -325,13 +326,14 @@ def test_a_fuser_with_an_adapter(data_dir: Path, tmp_path: Path) -> None:  # noq
     for index in range(6):
         item = f"q{index}"
         assert scores["receiver", item] == pytest.approx(without["receiver", item], abs=1e-4)
-        assert scores["alone", item] == pytest.approx(scores["lora", item], abs=1e-4)
-        assert scores["lora", item] != pytest.approx(scores["receiver", item], abs=1e-3)
+        assert scores["fusion_off", item] == pytest.approx(scores["receiver_with_adapter", item], abs=1e-4)
+        assert scores["receiver_with_adapter", item] != pytest.approx(scores["receiver", item], abs=1e-3)
         assert scores["c2c", item] != pytest.approx(without["c2c", item], abs=1e-3)
     # The same adapter from the folder of a fuser; then the receiver that has it is not touched.
     model.save_pretrained(tmp_path / "fuser")
-    evaluate(plain, processor, tmp_path / "lora", ["arc_easy"], ["lora"], data_dir, adapter=str(tmp_path / "fuser"))
+    adapter = str(tmp_path / "fuser")
+    evaluate(plain, processor, tmp_path / "lora", ["arc_easy"], ["receiver_with_adapter"], data_dir, adapter=adapter)
     for record in predictions(tmp_path / "lora"):
-        assert record["scores"] == pytest.approx(scores["lora", record["id"]], abs=1e-3)
+        assert record["scores"] == pytest.approx(scores["receiver_with_adapter", record["id"]], abs=1e-3)
     settings = [json.loads((tmp_path / run / "config.json").read_text(encoding="utf-8")) for run in ("run", "plain")]
     assert settings[0]["fuser_sha256"] != settings[1]["fuser_sha256"]

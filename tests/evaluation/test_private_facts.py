@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from c2c_hf.evaluation.private_facts import NUM_CHOICES, private_facts
+from c2c_hf.evaluation.tasks.private_facts import NUM_CHOICES, private_facts
 
 
 def test_rows() -> None:
@@ -16,7 +16,7 @@ def test_rows() -> None:
         assert sum(choice in re.findall(r"\w+", row["sharer_context"]) for choice in row["choices"]) == 1
         (sentence,) = [s for s in row["sharer_context"].split(". ") if re.search(rf"\b{answer}\b", s)]
         name = re.search(r"[A-Z]\w+ [A-Z]\w+", row["question"])
-        assert name is not None and name.group() in sentence, "the fact that is asked for is told of that name"
+        assert name is not None and name.group() in sentence, "the question's name is that of the fact"
     assert len({row["answer"] for row in rows}) == NUM_CHOICES
 
 

@@ -1,0 +1,1 @@
+"""Evaluation methods: baselines, C2C, its controls and its payload ablations."""

@@ -1,0 +1,5 @@
+"""`Accuracy`."""
+
+from .accuracy import Accuracy
+
+__all__ = ["Accuracy"]

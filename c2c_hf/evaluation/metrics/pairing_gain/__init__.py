@@ -1,0 +1,5 @@
+"""`PairingGain`."""
+
+from .pairing_gain import PairingGain
+
+__all__ = ["PairingGain"]

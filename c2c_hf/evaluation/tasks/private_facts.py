@@ -1,0 +1,74 @@
+"""Private facts: a benchmark of made-up people and their preferences, which a model can only take from the context.
+
+Every context holds three facts of different kinds about three people; the question asks for one of them, and the
+choices are ten values of that kind. Training and test share no name, no value and no wording; training has many more
+of each, since a fuser trained on few words learns those words.
+"""
+
+import json
+import random
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+NUM_FACTS = 3
+NUM_CHOICES = 10
+SPLITS = ("train", "test")
+
+
+@cache
+def _words() -> dict[str, dict[str, Any]]:
+    """Load the words of each split.
+
+    `first_names`, `last_names` and per kind `values` are separated by spaces. `wordings` are pairs of a statement that
+    ends with the value, and a question whose answer begins as the statement does: even a small model can complete it.
+    """
+    return json.loads(files(__package__).joinpath("private_facts.json").read_text(encoding="utf-8"))
+
+
+def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[str, Any]]:
+    """Generate questions about private facts.
+
+    Args:
+        count: Number of questions.
+        seed: Of all random draws.
+        split: `"train"` or `"test"`, which share no name, value or wording.
+
+    Returns:
+        Rows of `id`, `sharer_context` (three facts), `question` (a whole prompt, which ends with the beginning of the
+        answer), `choices` (ten values, in random order) and `answer` (index of the right one).
+
+    Raises:
+        ValueError: For an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {list(SPLITS)}, but got {split!r}.")
+    # Text seeds are hashed the same way in every process.
+    rng, words = random.Random(f"{split}-{seed}"), _words()[split]
+    firsts, lasts = words["first_names"].split(), words["last_names"].split()
+    rows = []
+    for index in range(count):
+        kinds = rng.sample(sorted(words["values"]), NUM_FACTS)
+        samples = (rng.sample(part, NUM_FACTS) for part in (firsts, lasts))
+        names = [f"{first} {last}" for first, last in zip(*samples, strict=True)]
+        choices = [rng.sample(words["values"][kind].split(), NUM_CHOICES) for kind in kinds]
+        statement, question = rng.choice(words["wordings"])
+        facts = [
+            statement.format(name=name, kind=kind, value=values[0])
+            for name, kind, values in zip(names, kinds, choices, strict=True)
+        ]
+        rng.shuffle(facts)
+        # The first of the three is asked for; its place in the context is any.
+        asked, answer = {"name": names[0], "kind": kinds[0]}, choices[0][0]
+        begun = statement.format(**asked, value="").removesuffix(" .")
+        rng.shuffle(choices[0])
+        rows.append(
+            {
+                "id": f"{split}-{seed}-{index}",
+                "sharer_context": " ".join(facts),
+                "question": f"Question: {question.format(**asked)}\nAnswer: {begun}",
+                "choices": choices[0],
+                "answer": choices[0].index(answer),
+            }
+        )
+    return rows
