@@ -101,8 +101,8 @@ def test_memory_data_and_passages(pair: tuple[str, str], tmp_path: Path) -> None
     command += [str(tmp_path / "data" / "passages.jsonl"), "--dtype", "float32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "4 answers, nats per token: right -" in done.stdout
-    assert "right over mismatched" in done.stdout and "share of the gain" in done.stdout
+    assert "4 answers, nats per token: c2c -" in done.stdout
+    assert "c2c over mismatched" in done.stdout and "c2c over receiver" in done.stdout
 
     pytest.importorskip("lm_eval", reason=NEEDS)
     command = [sys.executable, str(EXAMPLES / "memory_report.py"), str(tmp_path / "report"), str(tmp_path / "memory")]
@@ -117,7 +117,8 @@ def test_memory_data_and_passages(pair: tuple[str, str], tmp_path: Path) -> None
     assert tables[0] == tables[1]
     assert len(written[0]) == 4 and written[0] == written[1], "the second call has nothing left to answer"
     words = [line.split(" | ")[0].strip("| ") for line in tables[0][2:]]
-    assert words[:4] == ["nobody has read it", "the receiver reads it", "the sharer reads it, and answers", words[3]]
+    expected = ["receiver without the context", "receiver with the context in its prompt"]
+    assert words[:4] == [*expected, "sharer with the context in its prompt", words[3]]
     assert words[3:8] == [word.replace("again", "memory") for word in words[8:]], "both have the same weights"
     assert [line.split(" | ", 1)[1] for line in tables[0][5:10]] == [
         line.split(" | ", 1)[1] for line in tables[0][10:]
@@ -129,7 +130,7 @@ def test_evaluate(pair: tuple[str, str], data_dir: Path, tmp_path: Path) -> None
     pytest.importorskip("scipy", reason=NEEDS)
     C2CForCausalLM.from_receiver_and_sharers(*pair, fuser_hidden_size=8).save_pretrained(tmp_path / "fuser")
     C2CProcessor.from_receiver_and_sharers(*pair).save_pretrained(tmp_path / "fuser")
-    command = [sys.executable, str(EXAMPLES / "evaluate.py"), str(tmp_path / "fuser"), "--task", "arc_easy"]
+    command = [sys.executable, str(EXAMPLES / "evaluate_fuser.py"), str(tmp_path / "fuser"), "--task", "arc_easy"]
     command += ["--data-dir", str(data_dir), "--output", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
