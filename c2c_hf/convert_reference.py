@@ -1,4 +1,4 @@
-"""Read fusers in the layout that the reference implementation publishes."""
+"""Convert fusers from the layout that the reference implementation publishes."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from .checkpoints.base_models import BaseModel
 from .fusers.c2c import C2CFuser
 from .modeling_c2c import C2CForCausalLM
 
-# A part's name here -> there, where it has `key_` or `value_` in front.
+# Name of a module of [`Projector`] -> name in the published layout, behind `key_` or `value_`.
 _PARTS = {
     "in_proj": "in",
     "shared_ffn": "mlp1.blocks.0",
@@ -28,41 +28,46 @@ def convert_reference_checkpoint(
     sharers: BaseModel | Sequence[BaseModel] | None = None,
     **kwargs: Any,
 ) -> C2CForCausalLM:
-    """Build a model from published fusers, one checkpoint per sharer.
+    """Build a model from fusers published by the reference implementation, one checkpoint per sharer.
 
     Args:
         checkpoint_dirs: Folders with `config.json`, and, there or in a subfolder `final`, `projector_config.json`,
             `projector_<i>.json` and `projector_<i>.pt`.
-        receiver: The receiver; `None`: the one that the first `config.json` names.
-        sharers: The sharers in the order of the checkpoints; `None`: those that the configurations name.
+        receiver: The receiver. `None`: the one that the first `config.json` names.
+        sharers: The sharers in the order of the checkpoints. `None`: those that the configurations name.
         **kwargs: Arguments of [`C2CForCausalLM.from_receiver_and_sharers`], such as `fusion_mode`.
 
     Returns:
-        The model, its fusers in float32.
+        The model, with its fusers in float32.
 
     Raises:
-        ValueError: A checkpoint is incomplete, foreign or does not fit the models.
+        ValueError: A checkpoint is incomplete, of another kind or does not fit the models.
     """
     if isinstance(checkpoint_dirs, str | Path):
         checkpoint_dirs = [checkpoint_dirs]
     folders = [Path(folder) for folder in checkpoint_dirs]
     if not folders:
         raise ValueError("`checkpoint_dirs` must name at least one folder, but the list is empty.")
-    recipes = [_section(folder / "config.json", "model") for folder in folders]
+    model_sections = [_section(folder / "config.json", "model") for folder in folders]
     if receiver is None:
-        receiver = _named_model(folders[0], recipes[0], "base_model")
+        receiver = _named_model(folders[0], model_sections[0], "base_model")
     if sharers is None:
-        sharers = [_named_model(f, recipe, "teacher_model") for f, recipe in zip(folders, recipes, strict=True)]
+        sharers = [
+            _named_model(f, model_section, "teacher_model")
+            for f, model_section in zip(folders, model_sections, strict=True)
+        ]
     elif isinstance(sharers, str | Path | torch.nn.Module):
         sharers = [sharers]
     if len(sharers) != len(folders):
         raise ValueError(f"`sharers` must be as many as `checkpoint_dirs` ({len(folders)}), but got {len(sharers)}.")
     sizes = [_fuser_sizes(folder) for folder in folders]
     defaults: dict[str, Any] = {field: [own[field] for own in sizes] for field in sizes[0]}
-    defaults["token_alignment"] = [_token_alignment(recipe) for recipe in recipes]
+    defaults["token_alignment"] = [_token_alignment(model_section) for model_section in model_sections]
     model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharers, **{**defaults, **kwargs})
     for fuser, folder, sharer in zip(model.fuser, folders, model.config.sharers, strict=True):
-        _load_projectors(fuser, folder, len(sharer.layer_shapes))
+        if not isinstance(fuser, C2CFuser):
+            raise ValueError(f"`mode` must be 'fusion' for a reference checkpoint, but got {model.config.mode!r}.")
+        _load_projectors(fuser, folder, len(sharer.layer_shapes or []))
     return model.eval()
 
 
@@ -77,7 +82,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _section(path: Path, key: str) -> dict[str, Any]:
-    """Read one object out of a JSON file."""
+    """Return the object under a key of a JSON file."""
     section = _read_json(path).get(key)
     if not isinstance(section, dict):
         raise ValueError(f"`checkpoint_dirs`: {path} must hold an object {key!r}, but holds {section!r} there.")
@@ -88,17 +93,17 @@ def _weights_folder(folder: Path) -> Path:
     return folder / "final" if (folder / "final").is_dir() else folder
 
 
-def _named_model(folder: Path, recipe: dict[str, Any], key: str) -> str:
-    name = recipe.get(key)
+def _named_model(folder: Path, model_section: dict[str, Any], key: str) -> str:
+    name = model_section.get(key)
     if not isinstance(name, str):
-        raise ValueError(f"`checkpoint_dirs`: {folder / 'config.json'} names no `{key}`; hand over the model.")
-    # Relative folders count from the checkpoint; anything else is a Hub id.
+        raise ValueError(f"`checkpoint_dirs`: {folder / 'config.json'} names no `{key}`; pass the model.")
+    # Relative folders start at the checkpoint; any other name is a Hub id.
     local = folder / name
     return str(local.resolve()) if local.is_dir() else name
 
 
-def _token_alignment(recipe: dict[str, Any]) -> str:
-    return recipe.get("alignment_strategy", "first") if recipe.get("is_do_alignment") else "identity"
+def _token_alignment(model_section: dict[str, Any]) -> str:
+    return model_section.get("alignment_strategy", "first") if model_section.get("is_do_alignment") else "identity"
 
 
 def _fuser_sizes(folder: Path) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def _fuser_sizes(folder: Path) -> dict[str, Any]:
 
 
 def _projector_indices(folder: Path, fuser: C2CFuser, num_sharer_layers: int) -> list[int]:
-    """Return which projector file belongs to each receiver layer, after checking the layer map."""
+    """Return the index of each receiver layer's projector file, after checking the layer mapping."""
     path = _weights_folder(folder) / "projector_config.json"
     try:
         layers = _read_json(path)["0"]["1"]
@@ -132,11 +137,12 @@ def _projector_indices(folder: Path, fuser: C2CFuser, num_sharer_layers: int) ->
         indices = [int(pairs[layer][0][1]) for layer in range(fuser.num_layers)]
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`checkpoint_dirs`: {path} holds no layer map for a receiver of {fuser.num_layers} layers ({error!r})."
+            f"`checkpoint_dirs`: {path} holds no layer mapping for a receiver of {fuser.num_layers} layers "
+            f"({error!r})."
         ) from error
     if mapping != fuser.sources[: fuser.num_layers] or len(pairs) != fuser.num_layers:
         raise ValueError(
-            f"`checkpoint_dirs`: the layer map {mapping} of {path} is not the one of `layer_alignment` for "
+            f"`checkpoint_dirs`: the layer mapping {mapping} of {path} is not the one of `layer_alignment` for "
             f"{fuser.num_layers} receiver and {num_sharer_layers} sharer layers, {fuser.sources[: fuser.num_layers]}."
         )
     return indices
@@ -148,7 +154,7 @@ def _load_projectors(fuser: C2CFuser, folder: Path, num_sharer_layers: int) -> N
         path = _weights_folder(folder) / f"projector_{index}.pt"
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        # Damaged bytes make the unpickler fail in ways that have no common class below this one.
+        # The exceptions of unpickling damaged bytes have no common class but this one.
         except Exception as error:
             raise ValueError(
                 f"`checkpoint_dirs`: {path} is missing, damaged or holds more than weights ({type(error).__name__})."
@@ -163,14 +169,14 @@ def _load_projectors(fuser: C2CFuser, folder: Path, num_sharer_layers: int) -> N
             group, row = fuser.locate(entry)
             targets = dict(group.named_parameters())
             for name, target in targets.items():
-                theirs = _their_name(kind, name)
-                if theirs not in weights:
-                    raise ValueError(f"`checkpoint_dirs`: {path} lacks the weight {theirs}.")
-                value = weights.pop(theirs)
+                published_name = _published_name(kind, name)
+                if published_name not in weights:
+                    raise ValueError(f"`checkpoint_dirs`: {path} lacks the weight {published_name}.")
+                value = weights.pop(published_name)
                 if value.shape != target[row].shape:
                     raise ValueError(
-                        f"`checkpoint_dirs`: {theirs} in {path} has shape {tuple(value.shape)}, but receiver and "
-                        f"sharer ask for {tuple(target[row].shape)}."
+                        f"`checkpoint_dirs`: {published_name} in {path} has shape {tuple(value.shape)}, but receiver "
+                        f"and sharer need {tuple(target[row].shape)}."
                     )
                 target[row].copy_(value)
         if weights:
@@ -185,8 +191,8 @@ def _check_tensors(weights: object, path: Path) -> None:
             raise ValueError(f"`checkpoint_dirs`: {name} in {path} must be a tensor, but is {type(value)}.")
 
 
-def _their_name(kind: str, name: str) -> str:
-    """Translate the name of a parameter of [`FuserGroup`] into that of the published layout."""
+def _published_name(kind: str, name: str) -> str:
+    """Return the name of a parameter of [`FuserGroup`] in the published layout."""
     if name == "gate.gate_logit":
         return f"{kind}_gate_logit"
     part, _, weight = name.removeprefix("projector.").partition(".")

@@ -18,7 +18,7 @@ TEXTS = ["hello ships", "The keeper counted ships before breakfast"]
 
 
 class Failure(NamedTuple):
-    """An exception, whose own class may not be possible to hand from process to process."""
+    """An exception as it is sent between processes; its own class may not be possible to pickle."""
 
     classes: list[str]
     message: str
@@ -53,7 +53,7 @@ class HubClient:
 
 
 def _impatient() -> None:
-    """Let the client's retries follow one another at once, and its downloads go in small pieces."""
+    """Let the client retry without waiting and download in small chunks."""
     import huggingface_hub.constants
 
     sleep = time.sleep
@@ -74,7 +74,7 @@ _SEEDS = itertools.count(1)
 
 
 def publish_pair(folder: str) -> None:
-    """Put the base models on the Hub, load them from there and put a fuser between them."""
+    """Publish the base models, load them from the Hub and build a fuser for them."""
     from huggingface_hub import HfApi
 
     from c2c_hf import C2CForCausalLM, C2CProcessor
@@ -95,7 +95,7 @@ def publish_pair(folder: str) -> None:
 
 
 def change_receiver(folder: str) -> None:
-    """Let the receiver's repository go on: its weights are others from now on."""
+    """Commit other weights to the receiver's repository."""
     from huggingface_hub import HfApi
 
     place = Path(folder, "changed")
@@ -103,8 +103,16 @@ def change_receiver(folder: str) -> None:
     HfApi().upload_folder(repo_id="org/receiver", folder_path=place)
 
 
+def write_card(repo_id: str, license: str) -> None:
+    """Publish a model card that names a license."""
+    from huggingface_hub import HfApi
+
+    content = f"---\nlicense: {license}\n---\n".encode()
+    HfApi().upload_file(repo_id=repo_id, path_in_repo="README.md", path_or_fileobj=content)
+
+
 def push(repo_id: str, again: bool = False, limit: int | None = None, **kwargs: Any) -> str:
-    """Publish the fuser, with new weights or again those of before; files may not grow beyond the limit."""
+    """Publish the fuser, with new weights or the previous ones; files may not grow beyond the limit."""
     if not again:
         randomize_fuser(_PAIR["model"], next(_SEEDS))
     kwargs = {"license": "apache-2.0", **kwargs}
@@ -113,7 +121,7 @@ def push(repo_id: str, again: bool = False, limit: int | None = None, **kwargs: 
 
 
 def answers(repo_id: str | None = None, own_bases: bool = True, limit: int | None = None, **kwargs: Any) -> Any:
-    """Return logits and ids of a published fuser, or without a name those of the one in memory."""
+    """Return logits and ids of a published fuser; without a name, those of the fuser in memory."""
     from c2c_hf import C2CForCausalLM, C2CProcessor
 
     model, processor = _PAIR["model"], _PAIR["processor"]
@@ -129,7 +137,7 @@ def answers(repo_id: str | None = None, own_bases: bool = True, limit: int | Non
 
 
 class _file_size_limit:
-    """The disk is full: no file can grow beyond so many bytes."""
+    """Limits the size of files, as a full disk does."""
 
     def __init__(self, size: int | None) -> None:
         self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)

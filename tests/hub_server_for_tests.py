@@ -1,4 +1,4 @@
-"""A Hub on loopback: enough of its HTTP API for the real client to create, upload, list, download, and to fail."""
+"""A Hub on loopback: the part of its HTTP API that the client needs, with faults on demand."""
 
 import base64
 import hashlib
@@ -9,20 +9,22 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_of_the_tests"
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests that match.
+    """A fault of the next requests that match.
 
     Attributes:
         method: Of the request.
         path: A regular expression that its path must hold.
         kind: A status code, `"drop"` (the connection ends without an answer), `"cut"` (it ends half-way through the
             body) or `"corrupt"` (one byte of the body differs).
-        times: How often.
+        times: Number of requests.
     """
 
     method: str
@@ -107,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: object) -> None:
-        """Keep the tests' output clean; `HubServer.log` knows."""
+        """Write nothing to the tests' output; requests are in `HubServer.log`."""
 
     def do_GET(self) -> None:
         self._handle("GET")
@@ -287,7 +289,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, body: bytes, repo: str, revision: str | None = None) -> None:
         if found := self._find(repo, revision or "main"):
             siblings = [{"rfilename": path} for path in sorted(found[1].files)]
-            self._json({"id": repo, "sha": found[0], "private": self.hub.repos[repo].private, "siblings": siblings})
+            info = {"id": repo, "sha": found[0], "private": self.hub.repos[repo].private, "siblings": siblings}
+            if b"---" in (card := found[1].files.get("README.md", b"")):
+                info["cardData"] = yaml.safe_load(card.decode().split("---")[1])
+            self._json(info)
 
     def _tree(self, body: bytes, repo: str, revision: str, folder: str | None = None) -> None:
         found = self._find(repo, revision)

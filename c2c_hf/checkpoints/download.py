@@ -1,4 +1,4 @@
-"""Files from the Hub: found, downloaded and compared with their sha256."""
+"""Files of saved fusers: in a folder, in this package, or downloaded from the Hub and compared with their sha256."""
 
 import hashlib
 import os
@@ -12,6 +12,20 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotF
 
 #: Keyword arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+#: Names of the trained fusers that come with this package.
+SHIPPED_FUSERS = ("general", "memory")
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Return the folder of a fuser that comes with this package.
+
+    Args:
+        name: One of `SHIPPED_FUSERS`. For any other name, and where there is a folder of this name, `None` is
+            returned.
+    """
+    if name not in SHIPPED_FUSERS or Path(name).exists():
+        return None
+    return Path(__file__).parents[1] / "pretrained" / name
 
 
 def check_subfolder(subfolder: str | None) -> None:
@@ -102,5 +116,6 @@ def check_download(path: Path) -> None:
         path.unlink()
         blob.unlink()
         raise ValueError(
-            f"{path.name} was damaged during the download: its sha256 is {found}, but the Hub announces {blob.name}; try again."
+            f"{path.name} was damaged during the download: its sha256 is {found}, but the Hub announces {blob.name}; "
+            "try again."
         )

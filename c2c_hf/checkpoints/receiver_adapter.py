@@ -1,9 +1,9 @@
-"""A PEFT adapter on the receiver: trained beside a fuser or instead of one, and saved beside it."""
+"""A PEFT adapter on the receiver, trained beside a fuser or instead of one, and saved beside it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,23 +12,26 @@ from transformers import PreTrainedModel
 from .download import find_file
 from .fuser_weights import read_safetensors
 
-#: Where an adapter lies in the folder of a fuser. In the folder itself, the Auto classes would take it for the model.
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+#: Folder of the adapter inside a fuser's folder, where the Auto classes would take it for the model.
 ADAPTER_FOLDER = "receiver_adapter"
 _NAME = "default"
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-# `peft` takes a second to import, hence it is imported where an adapter is at work.
+# Importing `peft` takes a second, hence it is imported only where there is an adapter.
 
 
-def add_adapter(receiver: PreTrainedModel, peft_config: Any) -> None:
-    """Put a new adapter on a receiver; its weights, and no others of the receiver, can be trained then.
+def add_adapter(receiver: PreTrainedModel, peft_config: "PeftConfig") -> None:
+    """Add a new adapter to a receiver and make its weights the only trainable ones of the receiver.
 
     Args:
         receiver: The base model.
-        peft_config: A `peft.PeftConfig` of a kind that lives inside layers, such as `LoraConfig`.
+        peft_config: A `peft.PeftConfig` of an adapter inside the layers, such as `LoraConfig`.
 
     Raises:
-        ValueError: There is an adapter already, or it is no configuration of this kind.
+        ValueError: The receiver has an adapter already, or the configuration is not of this kind.
     """
     from peft import PeftConfig, inject_adapter_in_model
 
@@ -40,24 +43,24 @@ def add_adapter(receiver: PreTrainedModel, peft_config: Any) -> None:
             f"{type(peft_config).__name__}."
         )
     inject_adapter_in_model(peft_config, receiver, _NAME)
-    # As the fuser's, its weights stay in float32 and autocast does the rest.
+    # In float32 like the fuser's weights; autocast computes in the receiver's dtype.
     for parameter in receiver.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def has_adapter(receiver: PreTrainedModel) -> bool:
-    """Say whether a receiver has a PEFT adapter."""
+    """Return whether a receiver has a PEFT adapter."""
     return bool(getattr(receiver, "peft_config", None))
 
 
 def trains(receiver: PreTrainedModel) -> bool:
-    """Say whether gradients must reach into the receiver."""
+    """Return whether gradients must reach into the receiver."""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in receiver.parameters())
 
 
 def set_adapter_mode(receiver: PreTrainedModel, training: bool) -> None:
-    """Switch the dropout of an adapter on or off; the receiver itself stays in evaluation mode."""
+    """Set training or evaluation mode for the dropout of an adapter; the receiver itself stays in evaluation mode."""
     for name, module in receiver.named_modules():
         if ".lora_dropout." in name:
             module.train(training)
@@ -65,7 +68,7 @@ def set_adapter_mode(receiver: PreTrainedModel, training: bool) -> None:
 
 @contextmanager
 def adapter_disabled(receiver: PreTrainedModel) -> Iterator[None]:
-    """Within this context a receiver answers as if it had no adapter."""
+    """Disable a receiver's adapter within this context."""
     if not has_adapter(receiver):
         yield
         return
@@ -80,13 +83,13 @@ def adapter_disabled(receiver: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        # Enabling also lets gradients into adapters that were frozen.
+        # Enabling also makes frozen adapters trainable.
         for name, parameter in receiver.named_parameters():
             parameter.requires_grad_(name in trained)
 
 
 def save_adapter(receiver: PreTrainedModel, folder: Path) -> None:
-    """Write a receiver's adapter in PEFT's own format."""
+    """Save a receiver's adapter in PEFT's own format into a new folder."""
     from peft import get_peft_model_state_dict
 
     (name,) = receiver.peft_config
@@ -99,12 +102,12 @@ def save_adapter(receiver: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter(receiver: PreTrainedModel, name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> None:
-    """Put the adapter on the receiver that was saved beside a fuser, if there is one.
+    """Load the adapter that was saved beside a fuser into the receiver, if there is one.
 
     Args:
-        receiver: The base model. Weights of an adapter that it has already are replaced.
+        receiver: The base model. If it has an adapter already, its weights are replaced.
         name_or_path: Hub id or folder of the fuser.
-        hub_kwargs: Where on the Hub, see `HUB_KWARGS`.
+        hub_kwargs: Arguments of the Hub, see `HUB_KWARGS`.
 
     Raises:
         ValueError: The files are incomplete or do not fit the receiver.
@@ -116,13 +119,14 @@ def load_adapter(receiver: PreTrainedModel, name_or_path: str | Path, hub_kwargs
     if config_path is None and weights_path is None:
         return
     if config_path is None or weights_path is None:
-        raise ValueError(f"{str(name_or_path)!r} holds half of an adapter in {ADAPTER_FOLDER}; save it anew.")
+        raise ValueError(f"{str(name_or_path)!r} holds half of an adapter in {ADAPTER_FOLDER}; save it again.")
     from peft import PeftConfig, set_peft_model_state_dict
 
     weights = read_safetensors(weights_path)
     if not has_adapter(receiver):
         add_adapter(receiver, PeftConfig.from_pretrained(str(Path(config_path).parent)))
     (name,) = receiver.peft_config
+    # `Any`, since PEFT annotates the result as a named tuple without fields.
     result: Any = set_peft_model_state_dict(receiver, weights, adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoints.describe import count_parameters, gate_summary, readable_size
 from ..configuration_c2c import C2CConfig
 from .licenses import BaseLicense, fuser_license, license_text
 
@@ -95,16 +96,10 @@ def _description(
         }
         for index, base in enumerate(bases)
     ]
-    # Scalars such as the gate temperature are the trainer's state, and scales are measured.
-    trained = [
-        value
-        for name, value in weights.items()
-        if name.startswith("fuser.") and value.dim() > 0 and not name.endswith("_scales")
-    ]
     return {
         "receiver": models[0],
         "sharers": models[1:],
-        "num_parameters": f"{sum(value.numel() for value in trained):,}",
+        "num_parameters": f"{count_parameters(weights):,}",
         "size": readable_size(sum(value.nbytes for value in weights.values())),
         "token_alignment": ", ".join(f"`{alignment}`" for alignment in config.token_alignments),
         "layer_alignment": config.layer_alignment,
@@ -112,25 +107,6 @@ def _description(
         "mode": config.mode,
         "gates": gate_summary(weights),
     }
-
-
-def gate_summary(weights: Mapping[str, torch.Tensor]) -> str:
-    """Say how many gates are open at inference."""
-    logits = [value.flatten() for name, value in weights.items() if "gate_logit" in name]
-    if not logits:
-        return "no gates"
-    gates = torch.cat(logits) > 0
-    count = f"{int(gates.sum())} of {len(gates)} gates are open"
-    return count if gates.any() else f"{count}, so the answers are the receiver's own"
-
-
-def readable_size(num_bytes: int) -> str:
-    """Return a size in kB, MB or GB."""
-    size, unit = num_bytes / 1e3, "kB"
-    for larger in ("MB", "GB"):
-        if size >= 1000:
-            size, unit = size / 1000, larger
-    return f"{size:.1f} {unit}"
 
 
 def read_metrics(evaluation: str | Path) -> dict[str, list[dict[str, Any]]]:

@@ -215,5 +215,5 @@ def test_another_vocabulary_is_refused(folder: Path) -> None:
     byte_level_tokenizer().save_pretrained(folder.with_name("receiver"))
     C2CForCausalLM.from_pretrained(folder, receiver_kwargs={"dtype": torch.float16})
     byte_level_tokenizer().save_pretrained(folder / "sharer_0")
-    with pytest.raises(ValueError, match="the vocabulary in 'sharer_0' is not the one that was saved"):
+    with pytest.raises(ValueError, match="the vocabulary in 'sharer_0' is not the saved one"):
         C2CProcessor.from_pretrained(folder)

@@ -1,25 +1,27 @@
-"""Publishing and loading through the real client and a Hub on loopback, and what happens when something fails."""
+"""Publishing and loading through the real client and a Hub on loopback, with and without failures."""
 
 import json
 import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
-from hub_client_for_tests import TEXTS, Failure, HubClient, answers, change_receiver, publish_pair, push
+from hub_client_for_tests import TEXTS, Failure, HubClient, answers, change_receiver, publish_pair, push, write_card
 from hub_server_for_tests import TOKEN, Fault, HubServer
+
+import c2c_hf
+from c2c_hf.checkpoints.remote_code import CODE_FILES
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 FILES = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
     *("chat_template.jinja", *TOKENIZER, *(f"sharer_0/{name}" for name in TOKENIZER)),
 }
-#: What a new repository holds by itself.
+#: Files of a new repository.
 FIRST = {".gitattributes"}
 
 
@@ -122,69 +124,66 @@ def test_what_an_earlier_fuser_left_is_deleted(hub: HubServer, client: HubClient
     assert len(hub.commits("me/shards")) == 3, "nothing has changed, so there is no commit"
 
 
-# `-S` leaves out what makes an editable install importable; the second line takes care of a plain one.
 _FRESH = """
-import importlib.util, json, sys
-sys.path.append(sys.argv[1])
-sys.modules.update({"c2c_hf": None, "sacrebleu": None} if importlib.util.find_spec("c2c_hf") else {"sacrebleu": None})
+import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 model = AutoModelForCausalLM.from_pretrained("me/code", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("me/code", trust_remote_code=True)
-inputs = processor(json.loads(sys.argv[2]))
+inputs = processor(json.loads(sys.argv[1]))
 with torch.no_grad():
     logits = model(**inputs).logits
 out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-names = [type(part).__module__ for part in (model, model.config, processor)]
-assert all(name.startswith("transformers_modules.me.code.") for name in names), names
-assert sys.modules.get("c2c_hf") is None
 print(json.dumps([logits.tolist(), out.tolist()]))
 """
 
 
-def test_code_travels_to_where_the_package_is_not(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
+def test_code_finds_the_installed_package(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
     client(push, "me/code", with_code=True)
-    code = {name for name in hub.files("me/code") if name.endswith(".py")}
-    assert hub.files("me/code").keys() == FILES | FIRST | code
-    assert code >= {"configuration_c2c.py", "modeling_c2c.py", "processing_c2c.py", "fuser.py"}
-    assert code.isdisjoint({"__init__.py", "cli.py", "training.py", "demo.py"})
+    assert hub.files("me/code").keys() == FILES | FIRST | CODE_FILES
     assert "trust_remote_code=True" in hub.files("me/code")["README.md"].decode()
     expected = client(answers)
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-I", "-S", "-c", _FRESH, sysconfig.get_path("purelib"), json.dumps(TEXTS)]
-    environment = {**os.environ, **settings, "PYTHONPATH": ""}
+    search_path = os.pathsep.join([str(Path(c2c_hf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", _FRESH, json.dumps(TEXTS)]
+    environment = {**os.environ, **settings, "PYTHONPATH": search_path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     logits, ids = json.loads(done.stdout.splitlines()[-1])
     assert_same((np.array(logits, dtype=np.float32), ids), expected)
     assert_failed(
-        client(push, "me/code", with_code=True, subfolder="x"), "ValueError", "`subfolder` must be None where"
+        client(push, "me/code", with_code=True, subfolder="x"),
+        "ValueError",
+        "`subfolder` must be None with `with_code=True`",
     )
     client(push, "me/code")
-    assert hub.files("me/code").keys() == FILES | FIRST, "code of an earlier fuser has no business there"
+    assert hub.files("me/code").keys() == FILES | FIRST, "code of an earlier fuser was not deleted"
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "says"),
+    ("fault", "kind", "message"),
     [
-        (Fault("POST", "/repos/create", 401), "PermissionError", "`token`: the Hub refused to write to 'me/faults'"),
-        (Fault("POST", "/commit/", 403), "PermissionError", "`token`: the Hub refused to write to 'me/faults'"),
-        (Fault("POST", "/commit/", 409), "OSError", "was changed by someone else at the same time"),
-        (Fault("POST", "/commit/", 500, times=9), "OSError", "uploading to 'me/faults' failed and nothing was comm"),
-        (Fault("POST", "/preupload/", "drop", times=9), "OSError", "uploading to 'me/faults' failed and nothing was"),
-        (Fault("PUT", "/storage/", "cut", times=9), "OSError", "uploading to 'me/faults' failed and nothing was comm"),
-        (Fault("PUT", "/storage/", "corrupt"), "OSError", "The sha256 of the content is not the one announced"),
+        (Fault("POST", "/repos/create", 401), "RepositoryNotFoundError", "401"),
+        (Fault("POST", "/repos/create", 500), "HfHubHTTPError", "500"),
+        (Fault("POST", "/commit/", 403), "HfHubHTTPError", "403 Forbidden"),
+        (Fault("POST", "/commit/", 409), "HfHubHTTPError", "409"),
+        (Fault("POST", "/commit/", 500), "HfHubHTTPError", "500"),
+        (Fault("POST", "/commit/", "drop"), "HTTPError", "disconnected"),
+        (Fault("POST", "/preupload/", "drop", times=9), "HTTPError", "disconnected"),
+        (Fault("PUT", "/storage/", "cut", times=9), "RuntimeError", "Error while uploading 'model.safetensors'"),
+        (Fault("PUT", "/storage/", "corrupt"), "RuntimeError", "Error while uploading 'model.safetensors'"),
     ],
     ids=lambda value: f"{value.path}-{value.kind}" if isinstance(value, Fault) else None,
 )
-def test_uploads_that_fail(hub: HubServer, client: HubClient, fault: Fault, kind: str, says: str) -> None:
+def test_uploads_that_fail(hub: HubServer, client: HubClient, fault: Fault, kind: str, message: str) -> None:
+    """huggingface_hub retries and reports by itself; nothing is committed, and the same upload succeeds later."""
     if "me/faults" not in hub.repos:
         client(push, "me/faults")
     before, commits = hub.files("me/faults"), hub.commits("me/faults")
     if fault.kind == 401:
         hub.faults.append(Fault("GET", "/api/models/me/faults", 401))
     hub.faults.append(fault)
-    assert_failed(client(push, "me/faults"), kind, says)
+    assert_failed(client(push, "me/faults"), kind, message)
     assert fault.times < 9
     assert hub.files("me/faults") == before
     assert hub.commits("me/faults") == commits
@@ -197,12 +196,10 @@ def test_uploads_that_fail(hub: HubServer, client: HubClient, fault: Fault, kind
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("POST", "/repos/create", 500),
         Fault("POST", "/preupload/", 500),
         Fault("PUT", "/storage/", 500),
         Fault("PUT", "/storage/", "cut"),
-        Fault("POST", "/commit/", 500),
-        Fault("POST", "/commit/", "drop"),
+        Fault("POST", "/info/lfs/objects/batch", 500),
     ],
     ids=lambda fault: f"{fault.path}-{fault.kind}",
 )
@@ -217,24 +214,24 @@ def test_uploads_that_recover(hub: HubServer, client: HubClient, fault: Fault) -
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "says"),
+    ("fault", "kind", "message"),
     [
         (Fault("GET", "/storage/", "drop", times=9), "OSError", "could not be downloaded"),
         (Fault("GET", "/storage/", 500, times=9), "OSError", "could not be downloaded"),
         (
             Fault("GET", "/storage/", "corrupt"),
             "ValueError",
-            "model.safetensors was damaged on its way",
+            "model.safetensors was damaged during the download",
         ),
     ],
     ids=lambda value: str(value.kind) if isinstance(value, Fault) else None,
 )
 def test_downloads_that_fail(
-    hub: HubServer, client: HubClient, tmp_path: Path, fault: Fault, kind: str, says: str
+    hub: HubServer, client: HubClient, tmp_path: Path, fault: Fault, kind: str, message: str
 ) -> None:
     client(push, "me/downloads")
     hub.faults.append(fault)
-    assert_failed(client(answers, "me/downloads", cache_dir=str(tmp_path)), kind, says)
+    assert_failed(client(answers, "me/downloads", cache_dir=str(tmp_path)), kind, message)
     assert not list(tmp_path.rglob("*.incomplete"))
     assert not list(tmp_path.rglob("model.safetensors"))
     hub.faults.clear()
@@ -263,12 +260,23 @@ def test_a_full_disk(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
     assert hub.files("me/full")["model.safetensors"] != before["model.safetensors"]
 
 
-def test_a_token_that_is_missing(client: HubClient, hub: HubServer) -> None:
-    assert_failed(client(push, "me/nobody", token=False), "PermissionError", "hf auth login")
+def test_a_missing_token(client: HubClient, hub: HubServer) -> None:
+    assert_failed(client(push, "me/nobody", token=False), "RepositoryNotFoundError", "401")
     assert "me/nobody" not in hub.repos
     assert_failed(client(answers, "me/nobody"), "OSError", "me/nobody")
 
 
-def test_a_license_is_asked_for(client: HubClient, hub: HubServer) -> None:
-    assert_failed(client(push, "me/license", license=None), "ValueError", "`license` must be given")
+def test_licenses_are_read_off_the_cards(client: HubClient, hub: HubServer) -> None:
+    assert_failed(client(push, "me/license", license=None), "ValueError", "`license` must be given", "org/receiver")
     assert "me/license" not in hub.repos
+    client(write_card, "org/receiver", "mit")
+    assert_failed(client(push, "me/license", license=None), "ValueError", "`license` must be given", "org/sharer")
+    client(write_card, "org/sharer", "llama3.2")
+    assert client(push, "me/license", license=None).startswith(hub.endpoint)
+    assert b"license: llama3.2\n" in hub.files("me/license")["README.md"]
+    assert "NOTICE" not in hub.files("me/license")
+    client(write_card, "org/sharer", "gemma")
+    assert_failed(client(push, "me/license", license="mit"), "ValueError", "`license` must be 'gemma'")
+    client(push, "me/license", license=None)
+    assert b"license: gemma\n" in hub.files("me/license")["README.md"]
+    assert hub.files("me/license")["NOTICE"].startswith(b"Gemma is provided under and subject to")
