@@ -373,7 +373,7 @@ def test_missing_models_are_refused() -> None:
         C2CForCausalLM(C2CConfig())
     with pytest.raises(ValueError, match="`sharers` must hold at least one model and as many as the configuration"):
         C2CForCausalLM(C2CConfig(receiver_config=CONFIGS["llama"]))
-    with pytest.raises(ValueError, match="`sharer_kwargs` must be one dictionary or one per sharer"):
+    with pytest.raises(ValueError, match="`sharer_kwargs` must be one value, or one per sharer \(1\)"):
         C2CForCausalLM.from_receiver_and_sharers(tiny_model("llama"), tiny_model("qwen3"), sharer_kwargs=[{}, {}])
     with pytest.raises(
         ValueError, match="needs both tokenizers, but a loaded model without a name or path brings none"
@@ -413,8 +413,8 @@ def test_a_folder_without_a_fuser_is_named_as_such(folders: tuple[Path, Path], t
             C2CForCausalLM.from_pretrained(folder, receiver=tiny_model("llama"), sharers=tiny_model("gemma3"))
 
 
-def test_fields_that_are_read_off_models_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"read off the models and cannot be given: \['receiver_revision'\]"):
+def test_fields_that_are_measured_on_models_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"measured on the models and cannot be given: \['receiver_revision'\]"):
         C2CForCausalLM.from_receiver_and_sharers(tiny_model("llama"), tiny_model("qwen3"), receiver_revision="x")
 
 

@@ -321,7 +321,7 @@ def test_bad_inputs() -> None:
         model(inputs_embeds=torch.zeros(1, 4, 32))
     with pytest.raises(ValueError, match="Either `input_ids` or `inputs_embeds`"):
         model()
-    with pytest.raises(ValueError, match="the text has 300 tokens, but .* reads at most 256"):
+    with pytest.raises(ValueError, match="the text has 300 tokens, but the context of .* is 256"):
         model(input_ids=random_ids(1, 301))
     span = tiny_c2c(token_alignment="span")
     with pytest.raises(ValueError, match="use `C2CProcessor` to make all inputs"):
