@@ -14,7 +14,7 @@ from .methods.answerer import ModelAnswerer
 from .methods.registry import DERIVED_METHODS, ModelWithProcessor, build_methods
 from .report import write_report
 from .results import compute_results
-from .run_records import RunFolder, write_json
+from .run_records import Json, RunFolder, write_json
 from .runner import answer_tasks
 from .tasks.task import load_tasks
 
@@ -41,7 +41,7 @@ def evaluate(
     chat_template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
     fusion_fuser: ModelWithProcessor | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluate a fuser against baselines and controls on the same items.
 
     Called again with the same folder it continues an interrupted run, and adds further tasks and methods.
@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _settings(model: C2CForCausalLM, **options: object) -> dict[str, Any]:
+def _settings(model: C2CForCausalLM, **options: object) -> Json:
     config = model.config
     return {
         "fuser": model.name_or_path or "untrained",

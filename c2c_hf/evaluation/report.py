@@ -4,12 +4,12 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .methods.registry import METHODS
-from .run_records import Record, group_records
+from .run_records import Json, Record, group_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +23,8 @@ _SIGNALS = {"confidence": "where the receiver is unsure", "gate_weight": "where 
 _FURTHER_METRICS = {"strict": "accuracy_strict", "exact match": "exact_match", "F1": "f1"}
 
 
-def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record]) -> None:
-    """Write `report.md` and its plots, as far as there is something to plot.
+def write_report(folder: Path, metrics: Json, records: Sequence[Record]) -> None:
+    """Write `report.md` with its tables and plots; plots without data are left out.
 
     Args:
         folder: The run's folder.
@@ -44,7 +44,7 @@ def write_report(folder: Path, metrics: dict[str, Any], records: Sequence[Record
     (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _headline(metrics: dict[str, Any]) -> list[str]:
+def _headline(metrics: Json) -> list[str]:
     """Return the lines above the tables; the pairing gain comes first."""
     lines = []
     for gain in metrics["pairing_gain"]:
@@ -77,7 +77,7 @@ def _headline(metrics: dict[str, Any]) -> list[str]:
     return [*lines, f"{explained} Intervals are 95 %.", ""]
 
 
-def _tables(metrics: dict[str, Any]) -> list[str]:
+def _tables(metrics: Json) -> list[str]:
     """Return a table per task, a row per method."""
     lines = []
     for task in dict.fromkeys(result["task"] for result in metrics["results"]):
@@ -113,7 +113,7 @@ def _percent(value: float, interval: Sequence[float]) -> str:
     return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def _gain(gain: dict[str, Any] | None) -> str:
+def _gain(gain: Json | None) -> str:
     if gain is None:
         return ""
     low, high = gain["interval"]
@@ -140,11 +140,11 @@ def _new_figure(width: float, height: float, columns: int = 1) -> "tuple[Figure,
     return figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0]
 
 
-def _accuracies(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def _accuracies(metrics: Json) -> list[Json]:
     return [result for result in metrics["results"] if result["metric"] == "accuracy"]
 
 
-def _plot_accuracy(folder: Path, metrics: dict[str, Any]) -> str:
+def _plot_accuracy(folder: Path, metrics: Json) -> str:
     """Plot a panel for each task, a line for each method; a dashed line is the receiver's accuracy."""
     results = _accuracies(metrics)
     tasks = list(dict.fromkeys(result["task"] for result in results))
@@ -169,7 +169,7 @@ def _plot_accuracy(folder: Path, metrics: dict[str, Any]) -> str:
     return "accuracy.png"
 
 
-def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
+def _plot_latency(folder: Path, metrics: Json) -> str:
     figure, (axes,) = _new_figure(6, 4)
     markers = "osD^vPX*"
     tasks = list(dict.fromkeys(result["task"] for result in _accuracies(metrics)))
@@ -190,7 +190,7 @@ def _plot_latency(folder: Path, metrics: dict[str, Any]) -> str:
     return "latency.png"
 
 
-def _plot_selective_fusion(folder: Path, metrics: dict[str, Any]) -> str | None:
+def _plot_selective_fusion(folder: Path, metrics: Json) -> str | None:
     if not metrics["selective_fusion"]:
         return None
     figure, (axes,) = _new_figure(6, 4)

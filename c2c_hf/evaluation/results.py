@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from .methods.baselines import route_queries
 from .metrics.accuracy import Accuracy
@@ -11,7 +11,7 @@ from .metrics.intervals import paired_difference
 from .metrics.pairing_gain import PairingGain
 from .metrics.performance_gap_recovered import PerformanceGapRecovered
 from .metrics.selective_fusion import selective_fusion
-from .run_records import Record, group_records
+from .run_records import Json, Record, group_records
 
 #: One method's records by item id.
 Records: TypeAlias = Mapping[str, Record]
@@ -24,7 +24,7 @@ _SECONDS = ("total", "sharer", "fusion", "prefill", "decode")
 
 def compute_results(
     records: Sequence[Record], methods: Sequence[str], strongest_sharer: str = "sharer", seed: int = 0
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Json]]:
     """Compute the figures of `metrics.json`.
 
     Args:
@@ -39,7 +39,7 @@ def compute_results(
         methods; `pairing_gain`: C2C less the mismatched-sharer control; `performance_gap_recovered`, per task;
         `selective_fusion`, per task and signal, see [`~metrics.selective_fusion.selective_fusion`].
     """
-    results: dict[str, list[dict[str, Any]]] = {
+    results: dict[str, list[Json]] = {
         "results": [],
         "pairing_gain": [],
         "performance_gap_recovered": [],
@@ -65,11 +65,11 @@ def compute_results(
     return results
 
 
-def _method_results(method: str, present: Mapping[str, Records], seed: int) -> list[dict[str, Any]]:
+def _method_results(method: str, present: Mapping[str, Records], seed: int) -> list[Json]:
     """Return a row for each metric of one method on one task."""
     answered = list(present[method].values())
     num_failed = sum("error" in record for record in answered)
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     for metric, column in (("accuracy", "correct"), ("accuracy_strict", "correct_strict")):
         if metric == "accuracy_strict" and not any(column in record for record in answered):
             continue
@@ -109,7 +109,7 @@ def _correct(records: Sequence[Records], column: str = "correct") -> list[list[i
     return [[by_item[item].get(column, 0) for item in common] for by_item in records]
 
 
-def _pairing_gain(c2c: Records, mismatched: Records, seed: int) -> dict[str, Any]:
+def _pairing_gain(c2c: Records, mismatched: Records, seed: int) -> Json:
     correct, mismatched_correct = _correct([c2c, mismatched])
     found = PairingGain(keep_in_memory=True).compute(
         predictions=correct,
@@ -131,7 +131,7 @@ def _gap_recovered(present: Mapping[str, Records], sharers: Sequence[str]) -> fl
     return found["performance_gap_recovered"]
 
 
-def _gain(records: Records, others: Records, column: str, seed: int) -> dict[str, Any]:
+def _gain(records: Records, others: Records, column: str, seed: int) -> Json:
     """Compare two methods on the items that both answered."""
     correct, other_correct = _correct([records, others], column)
     difference = paired_difference(correct, other_correct, seed)
@@ -140,7 +140,7 @@ def _gain(records: Records, others: Records, column: str, seed: int) -> dict[str
 
 def compute_selective_fusion(
     receiver: Records, fused: Records, signal: str = "confidence", seed: int = 0
-) -> dict[str, Any] | None:
+) -> Json | None:
     """Compute the accuracy if only some items were fused, see [`~metrics.selective_fusion.selective_fusion`].
 
     Args:

@@ -11,9 +11,11 @@ from .._files import write_file
 
 logger = logging.getLogger(__name__)
 
-#: One answered item, as JSON: `task`, `method`, `id`, `answer`, `prediction`, `correct`, `seconds`, and for compared
+#: A JSON object.
+Json: TypeAlias = dict[str, Any]
+#: One answered item: `task`, `method`, `id`, `answer`, `prediction`, `correct`, `seconds`, and for compared
 #: choices `scores` and `confidence`, for generated answers `text` and numbers of tokens.
-Record: TypeAlias = dict[str, Any]
+Record: TypeAlias = Json
 
 #: What every line has.
 _COLUMNS = ("task", "method", "id", "correct")
@@ -30,7 +32,7 @@ class RunFolder:
         ValueError: The folder holds a run with other settings, or predictions that are damaged.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, settings: Json) -> None:
         self.path = Path(path)
         if self.path.is_file():
             raise ValueError(f"`output` must be a folder, but {str(path)!r} is a file.")

@@ -115,7 +115,7 @@ def fuser(tmp_path: Path) -> Path:
 
 
 def samples(model: str, pretrained: Path, data: Path, task: str = "c2c_arc_easy") -> list[dict]:
-    """What the harness says of each item; through its library, whose command reads thousands of task files first."""
+    """The harness's results per item; by its library, since its command loads thousands of task files first."""
     manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata={"data_dir": str(data)})
     results = lm_eval.simple_evaluate(
         model=model,

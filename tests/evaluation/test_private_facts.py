@@ -1,4 +1,4 @@
-"""Private facts: the same in every run, answerable from the context alone, and nothing shared by the splits."""
+"""Private facts: the same in every run, answerable from the context only, and nothing shared by the splits."""
 
 import re
 

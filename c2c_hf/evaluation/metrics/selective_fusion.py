@@ -34,22 +34,22 @@ def selective_fusion(
         share of the items that are fused (`share_fused`); `oracle`: the accuracy if for each item the better of both
         were known.
     """
-    alone, fused, values = (np.asarray(array, dtype=float) for array in (receiver_correct, fused_correct, signal))
+    receiver, fused, values = (np.asarray(array, dtype=float) for array in (receiver_correct, fused_correct, signal))
     order = np.argsort(signs[0] * values, kind="stable")
     curve = []
     for share in SHARES:
         chosen = np.zeros(len(values), dtype=bool)
         chosen[order[: round(share * len(values))]] = True
-        curve.append([share, float(np.where(chosen, fused, alone).mean())])
+        curve.append([share, float(np.where(chosen, fused, receiver).mean())])
     halves = np.random.default_rng(seed).permutation(len(values)) % 2
     chosen = np.zeros(len(values), dtype=bool)
     for half in (0, 1):
         other = halves != half
-        rules = [(*_best_threshold(sign * values[other], (fused - alone)[other]), sign) for sign in signs]
+        rules = [(*_best_threshold(sign * values[other], (fused - receiver)[other]), sign) for sign in signs]
         # `max` takes the first of equal ones.
         _, threshold, sign = max(rules, key=lambda rule: rule[0])
         chosen |= (halves == half) & (sign * values <= threshold)
-    correct = np.where(chosen, fused, alone)
+    correct = np.where(chosen, fused, receiver)
     return {
         "num_items": len(values),
         "curve": curve,
@@ -58,7 +58,7 @@ def selective_fusion(
             "interval": list(wilson_interval(correct.tolist())),
             "share_fused": float(chosen.mean()),
         },
-        "oracle": float(np.maximum(alone, fused).mean()),
+        "oracle": float(np.maximum(receiver, fused).mean()),
     }
 
 
