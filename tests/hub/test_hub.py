@@ -163,7 +163,7 @@ def test_code_finds_the_installed_package(hub: HubServer, client: HubClient, tmp
 @pytest.mark.parametrize(
     ("fault", "kind", "message"),
     [
-        (Fault("POST", "/repos/create", 401), "RepositoryNotFoundError", "401"),
+        (Fault("POST", "/repos/create", 401), "HfHubHTTPError", "401"),
         (Fault("POST", "/repos/create", 500), "HfHubHTTPError", "500"),
         (Fault("POST", "/commit/", 403), "HfHubHTTPError", "403 Forbidden"),
         (Fault("POST", "/commit/", 409), "HfHubHTTPError", "409"),
@@ -261,7 +261,7 @@ def test_a_full_disk(hub: HubServer, client: HubClient, tmp_path: Path) -> None:
 
 
 def test_a_missing_token(client: HubClient, hub: HubServer) -> None:
-    assert_failed(client(push, "me/nobody", token=False), "RepositoryNotFoundError", "401")
+    assert_failed(client(push, "me/nobody", token=False), "HfHubHTTPError", "401")
     assert "me/nobody" not in hub.repos
     assert_failed(client(answers, "me/nobody"), "OSError", "me/nobody")
 
