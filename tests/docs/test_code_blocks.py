@@ -1,5 +1,6 @@
-"""The code blocks of the README and of the guides run, on tiny models that a Hub on loopback has under the real names."""
+"""The code blocks of README and guides run, on tiny models that a Hub on loopback has under the real names."""
 
+import configparser
 import contextlib
 import io
 import json
@@ -7,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -20,6 +20,8 @@ from evaluation_for_tests import NEEDS, choice_rows, write_rows
 from hub_client_for_tests import Failure, HubClient
 from hub_server_for_tests import HubServer
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
+
+from c2c_hf.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -70,7 +72,8 @@ def bash_lines() -> Iterator[tuple[str, str]]:
                         yield f"{name}:{block.line}", command.strip()
 
 
-COMMANDS = list(dict.fromkeys((where, command) for where, command in bash_lines() if command))
+#: Where each command stands first.
+COMMANDS = {command: where for where, command in reversed(list(bash_lines())) if command}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,61 @@ def test_python_blocks_run(name: str, client: HubClient, folder: Path) -> None:
         blocks = [block._replace(code=block.code.replace(old, new)) for block in blocks]
     outcome = client(run_blocks, str(PAGES[name]), blocks, str(folder))
     assert not isinstance(outcome, Failure), outcome
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are there, and every option is one of its command or script."""
+    # Wide enough that no option is cut.
+    monkeypatch.setenv("COLUMNS", "200")
+    words = shlex.split(command.partition(" > ")[0])
+    if "c2c" in words:  # behind `torchrun`, too
+        known = help_of(tuple(words[words.index("c2c") + 1 :]), capsys)
+        words = words[words.index("c2c") + 1 :]
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        known = (ROOT / words[1]).read_text(encoding="utf-8")
+    elif words[:2] == ["pip", "install"]:
+        extras = configparser.ConfigParser()
+        extras.read(ROOT / "setup.cfg", encoding="utf-8")
+        named = {name for word in words for name in re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", word)))}
+        assert named <= set(extras["options.extras_require"])
+        return
+    else:
+        assert words[0] in ("echo", "mkdocs") or words[:3] == ["python", "-m", "pytest"], command
+        return
+    for word in words:
+        if word.startswith("--"):
+            assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", known), (
+                f"{COMMANDS[command]}: {word} is unknown"
+            )
+        if word.startswith(("examples/", "docs/")):
+            assert (ROOT / word).is_file()
+
+
+def help_of(words: tuple[str, ...], capsys: pytest.CaptureFixture) -> str:
+    """The help of a command, for `c2c train` that of its YAML file's fields."""
+    if words[0] == "lm-eval":
+        # lm-evaluation-harness checks its own options.
+        return "--model --model_args --tasks"
+    arguments = ["train", str(ROOT / words[1]), "--help"] if words[0] == "train" else [words[0], "--help"]
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+    return capsys.readouterr().out
+
+
+#: Commands that run on the tiny models: all that need no data from the Hub and do not train.
+RUNS = ("c2c demo", "c2c generate", "c2c inspect", "c2c push", "c2c fit", "c2c evaluate --tasks")
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if command.startswith(RUNS) or "--data-dir" in command]
+)
+def test_commands_run(command: str, client: HubClient, folder: Path) -> None:
+    if "evaluate" in command:
+        pytest.importorskip("lm_eval", reason=NEEDS)
+    outcome = client(run_command, shlex.split(command)[1:], str(folder))
+    assert not isinstance(outcome, Failure), outcome
+    assert outcome[0] == 0, outcome
 
 
 # Here begin functions of the process whose Hub is on loopback.
@@ -155,13 +213,14 @@ def make_the_demo_small() -> None:
     from c2c_hf import C2CForCausalLM
 
     pair = tuple(snapshot_download(name) for name in PAIR)
-    folders = {}
+    folders: dict[str, Path] = {}
     for name, mode in (("general", "fusion"), ("memory", "memory")):
-        folders[name] = str(Path(pair[0]).with_name(name))
+        folders[name] = Path(pair[0]).with_name(name)
         C2CForCausalLM.from_receiver_and_sharers(*pair, mode=mode).save_pretrained(folders[name])
+    small = {"local_pair": lambda: pair, "shipped_fuser": folders.__getitem__, "shipped_folder": folders.get}
     for module in [module for name, module in sys.modules.items() if name.startswith(c2c_hf.demo.__name__)]:
-        if hasattr(module, "shipped_fuser"):
-            module.local_pair, module.shipped_fuser = lambda: pair, folders.__getitem__
+        for name in small.keys() & vars(module).keys():
+            setattr(module, name, small[name])
 
 
 def run_blocks(page: str, blocks: list[Block], folder: str) -> None:
@@ -179,5 +238,22 @@ def run_blocks(page: str, blocks: list[Block], folder: str) -> None:
                     exec(compile("\n" * (block.line - 1) + code, page, "exec"), namespace)
             except Exception as error:
                 raise RuntimeError("".join(traceback.format_exception(error)[-3:])) from error
+    finally:
+        os.chdir(before)
+
+
+def run_command(words: list[str], folder: str) -> tuple[int, str]:
+    """Run `c2c` in a folder; returns its exit status and what it printed."""
+    from c2c_hf import C2CForCausalLM, C2CProcessor
+
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        C2CForCausalLM.from_receiver_and_sharers(*PAIR).save_pretrained("my-fuser")
+        C2CProcessor.from_receiver_and_sharers(*PAIR).save_pretrained("my-fuser")
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = main(words)
+        return status, output.getvalue()[-2000:]
     finally:
         os.chdir(before)
