@@ -116,7 +116,8 @@ def _text_for_sharer(text: str, context: str, sharer_index: int) -> tuple[str, l
 
 def _table_row(table: torch.Tensor, receiver_ids: list[int], bos_token_id: int | None) -> SharerRow:
     """Map the receiver's tokens to a sharer's one by one."""
-    ids = torch.tensor([receiver_ids])
+    # `torch.tensor` is many times slower on a long list.
+    ids = torch.from_numpy(np.array([receiver_ids], dtype=np.int64))
     sharer_ids, mask, alignment = apply_token_table(table, ids, torch.ones_like(ids), bos_token_id)
     return SharerRow(sharer_ids[0].tolist(), mask[0].tolist(), alignment[0].numpy())
 
@@ -199,6 +200,7 @@ class C2CProcessor(ProcessorMixin):
         self.memory_sink_tokens = memory_sink_tokens
         self.unknown = unknown
         self.partial_characters = partial_characters
+        self._bos_token_ids = [own_bos_token_id(sharer) for sharer in sharers]
         self._token_tables: list[torch.Tensor | None] | None = None
         if chat_template is not None and chat_template != tokenizer.chat_template:
             self.tokenizer = copy.deepcopy(tokenizer)
@@ -314,7 +316,6 @@ class C2CProcessor(ProcessorMixin):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.80}.")
         layout = BatchLayout(padding, truncation, max_length, pad_to_multiple_of, return_tensors)
         contexts = self._check_contexts(sharer_context, len(texts), "text")
-
         prompts = [
             Prompt(t, context, partial(_text_for_sharer, t, context))
             for t, context in zip(texts, contexts, strict=True)
@@ -353,7 +354,7 @@ class C2CProcessor(ProcessorMixin):
             continue_final_message: Leave the last message open.
             tokenize: Return the receiver's rendered text if off.
             return_tensors: `"pt"`, or `None` for lists.
-            return_dict: Return the receiver's ids alone if off.
+            return_dict: Return only the receiver's ids if off.
             padding: As for texts.
             truncation: As for texts.
             max_length: As for texts.
@@ -466,7 +467,7 @@ class C2CProcessor(ProcessorMixin):
                 ids, offsets = self._tokenize(tokenizer, text, add_bos, layout)
                 row = SharerRow(ids, [1] * len(ids), align_spans(receiver.offsets, offsets, segments))
             elif table is not None:
-                row = _table_row(table, receiver.ids, own_bos_token_id(tokenizer) if add_bos else None)
+                row = _table_row(table, receiver.ids, self._bos_token_ids[index] if add_bos else None)
             else:
                 row = SharerRow(receiver.ids, [1] * len(receiver.ids), np.arange(len(receiver.ids)))
             row.alignment[-1] = -1
@@ -496,7 +497,7 @@ class C2CProcessor(ProcessorMixin):
         return Row(ids, sharers)
 
     def _pad_rows(self, rows: list[Row], layout: BatchLayout, single: bool) -> BatchFeature:
-        """Pad every model's rows on the left; aligned positions move along with the sharer's padding."""
+        """Pad every model's rows on the left; aligned positions are shifted by the sharer's padding."""
         receiver_ids = [row.ids for row in rows]
         columns = [
             layout.pad(receiver_ids, pad_token_id(self.tokenizer)),
@@ -504,13 +505,12 @@ class C2CProcessor(ProcessorMixin):
         ]
         outputs = [layout.output(column, single) for column in columns]
         per_sharer = []
-        for tokenizer, sharer_rows in zip(
-            self.sharer_tokenizers, zip(*(row.sharers for row in rows), strict=True), strict=True
-        ):
+        for index, tokenizer in enumerate(self.sharer_tokenizers):
+            sharer_rows = [row.sharers[index] for row in rows]
             sharer_ids = layout.pad([row.ids for row in sharer_rows], pad_token_id(tokenizer))
             width = sharer_ids.shape[1]
-            moved = [np.where(row.alignment < 0, -1, row.alignment + width - len(row.ids)) for row in sharer_rows]
-            mask, alignment = layout.pad([row.mask for row in sharer_rows], 0), layout.pad(moved, -1)
+            shifted = [np.where(row.alignment < 0, -1, row.alignment + width - len(row.ids)) for row in sharer_rows]
+            mask, alignment = layout.pad([row.mask for row in sharer_rows], 0), layout.pad(shifted, -1)
             per_sharer.append([layout.output(tensor, single) for tensor in (sharer_ids, mask, alignment)])
         outputs += per_sharer[0] if len(per_sharer) == 1 else map(list, zip(*per_sharer, strict=True))
         return BatchFeature(dict(zip(self.model_input_names, outputs, strict=True)))
@@ -549,7 +549,7 @@ class C2CProcessor(ProcessorMixin):
 
         Args:
             save_directory: The folder; made if needed.
-            push_to_hub: Upload the processor afterwards, alone; with its fuser, see [`C2CForCausalLM.push_to_hub`].
+            push_to_hub: Upload the processor afterwards. [`C2CForCausalLM.push_to_hub`] uploads it with its fuser.
             with_code: Save a short code file beside it, so that `AutoProcessor.from_pretrained(...,
                 trust_remote_code=True)` finds the class of the installed package without `import c2c_hf`.
             kwargs: `repo_id` (default: the folder's name) and arguments of [`push_to_hub`].
@@ -606,10 +606,12 @@ class C2CProcessor(ProcessorMixin):
                 f"`{name}` holds no complete C2CProcessor (processor_config.json with `num_sharers`): build one with "
                 "`C2CProcessor.from_receiver_and_sharers`."
             )
-        folders = [folder, *(folder / f"sharer_{index}" for index in range(config["num_sharers"]))]
-        for place in folders[1:]:
-            if not place.is_dir():
-                raise ValueError(f"`{name}` lacks the sharer's tokenizer folder `{place.name}`.")
+        folders = [folder]
+        # Checked one by one, since a damaged configuration may name any number.
+        for index in range(config["num_sharers"]):
+            folders.append(folder / f"sharer_{index}")
+            if not folders[-1].is_dir():
+                raise ValueError(f"`{name}` lacks the sharer's tokenizer folder `{folders[-1].name}`.")
         tokenizers = [AutoTokenizer.from_pretrained(place, **tokenizer_kwargs) for place in folders]
         saved_hashes = config.get("tokenizer_hashes") or [None] * len(folders)
         for place, tokenizer, saved in zip(folders, tokenizers, saved_hashes, strict=False):

@@ -143,7 +143,7 @@ class RenderedChat:
             return
         if prefix:
             if not self._indices:
-                raise ValueError("`sharer_context` needs a message with content in front of which it can stand.")
+                raise ValueError("`sharer_context` needs a message with content to be put in front of.")
             user = (k for k, i in enumerate(self._indices) if messages[i].get("role") == "user")
             self._prefixed = next(user, 0)
             self._contents[self._prefixed] = prefix + self._contents[self._prefixed]

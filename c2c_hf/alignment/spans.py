@@ -7,7 +7,7 @@ from itertools import chain
 
 import numpy as np
 
-#: A run of characters that stands in both texts: its start in the receiver's, its start in the sharer's, its length.
+#: A run of characters that is in both texts: its start in the receiver's, its start in the sharer's, its length.
 Segment = tuple[int, int, int]
 
 

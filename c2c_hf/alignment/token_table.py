@@ -21,7 +21,7 @@ def decode_each(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     anchor: list[int] = []
     word = next((i for token, i in vocabulary.items() if token[:1] == "▁" and token[1:].isalpha()), None)
     if word is not None and not str(tokenizer.decode([word], **kwargs)).startswith(" "):
-        # Any token serves that decodes to the same text wherever it stands.
+        # Any token serves that decodes to the same text at every position.
         anchor = [next((vocabulary[token] for token in "ae0." if token in vocabulary), word)]
     skipped = len(tokenizer.decode(anchor, **kwargs)) if anchor else 0
     return [text[skipped:] for text in tokenizer.batch_decode([[*anchor, i] for i in ids], **kwargs)]
@@ -139,7 +139,7 @@ def build_token_table(
     partial_characters: str = "skip",
     vocab_size: int | None = None,
 ) -> torch.LongTensor:
-    """Map every receiver token, decoded alone and encoded alone, to one sharer token.
+    """Map every receiver token, decoded and encoded again by itself, to one sharer token.
 
     Args:
         receiver_tokenizer: Tokenizer of the receiver.
