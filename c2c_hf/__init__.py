@@ -1,9 +1,9 @@
 """Cache-to-Cache: language models that communicate through their key/value caches (arXiv 2510.03215)."""
 
-import sys
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._import_hook import call_when_imported
 
 if TYPE_CHECKING:
     from .configuration_c2c import C2CConfig
@@ -33,45 +33,44 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+#: The module of every public name, imported when the name is first used.
 _MODULES = {
     "C2CCache": ".inference.cache",
     "C2CConfig": ".configuration_c2c",
+    "C2CDataCollator": ".training.collator",
     "C2CForCausalLM": ".modeling_c2c",
     "C2CProcessor": ".processing_c2c",
-    "SharerCache": ".inference.sharer_cache",
-    "convert_reference_checkpoint": ".convert_reference",
-}
-# Training brings the Trainer and the data sets' library, which those who only generate need not wait for.
-_TRAINING_MODULES = {
-    "C2CDataCollator": ".training.collator",
     "C2CTrainer": ".training.trainer",
     "C2CTrainingArguments": ".training.arguments",
+    "SharerCache": ".inference.sharer_cache",
+    "convert_reference_checkpoint": ".convert_reference",
     "fit_ridge": ".fitting.ridge",
 }
 
 
-def _register() -> None:
-    """Make the Auto classes of transformers know this package's; the public names stand in the module from then on."""
-    for name, module in _MODULES.items():
-        globals()[name] = getattr(import_module(module, __name__), name)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
-
-    config_class = globals()["C2CConfig"]
-    AutoConfig.register(config_class.model_type, config_class)
-    AutoModelForCausalLM.register(config_class, globals()["C2CForCausalLM"])
-    AutoProcessor.register(config_class, globals()["C2CProcessor"])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _TRAINING_MODULES:
-        globals()[name] = getattr(import_module(_TRAINING_MODULES[name], __name__), name)
-    elif name in _MODULES:
-        _register()
-    else:
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
     return globals()[name]
 
 
-# The command `c2c` answers `--help` without torch; its commands register when they first use a public name.
-if Path(sys.argv[0] if sys.argv else "").stem != "c2c":
-    _register()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_auto_classes() -> None:
+    """Register configuration, model and processor with the Auto classes of transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+    from .configuration_c2c import C2CConfig
+    from .modeling_c2c import C2CForCausalLM
+    from .processing_c2c import C2CProcessor
+
+    AutoConfig.register(C2CConfig.model_type, C2CConfig)
+    AutoModelForCausalLM.register(C2CConfig, C2CForCausalLM)
+    AutoProcessor.register(C2CConfig, C2CProcessor)
+
+
+# Importing transformers takes seconds, for which `c2c --help` does not wait; without it there are no Auto classes.
+call_when_imported("transformers", __name__, _register_auto_classes)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "c2c_hf"
 
 #: Wings from bottom to top; one row may import itself and the rows before it.
 ROWS = (
-    ("configuration_c2c", "_compat", "_files"),
+    ("configuration_c2c", "_compat", "_files", "_import_hook"),
     ("fusers", "alignment"),
     ("inference",),
     ("checkpoints", "hub"),

