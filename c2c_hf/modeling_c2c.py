@@ -163,7 +163,8 @@ def continue_receiver(
     Returns:
         The receiver's output, or `None` where there is no tail.
     """
-    tail_length = inputs.seq_len - tail_start
+    seq_len = inputs.seq_len
+    tail_length = seq_len - tail_start
     tail_states = []
     if tail_mask is not None:
         # Copied before the states in front of the tail go, layer by layer, into the cache.
@@ -178,7 +179,7 @@ def continue_receiver(
             cache.update(keys[:, :, :tail_start], values[:, :, :tail_start], layer_idx)
     if tail_length == 0:
         return None
-    tail = inputs.columns(tail_start, inputs.seq_len)
+    tail = inputs.columns(tail_start, seq_len)
     kept = last_positions(tail.tokens, num_kept) if num_kept < tail_length else 0
     if tail_mask is None:
         return run_receiver(receiver, tail, cache, None, True, kept, kwargs)

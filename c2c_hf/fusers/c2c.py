@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..configuration_c2c import C2CConfig, SharerConfig, layer_mapping
-from .grouped_linear import GroupedFeedForward, GroupedLinear, WeightSelector
+from .grouped_linear import GroupedFeedForward, GroupedLinear, WeightSelector, select_entries, select_from_copies
 
 #: How many bytes of hidden states the CPU computes at once, so that they stay in its caches. All entries at once take
 #: as much memory as both models, and 10 % more time for 256 tokens (float32, hidden size 1024, two cores).
@@ -190,21 +190,19 @@ class FuserGroup(nn.Module):
         """Return a function that takes a part of the active entries out of a weight, in the dtype of the states."""
         active = self.active_entries()
         if self.training or torch.is_grad_enabled():
-            chosen = None if self.training else active[part]
+            chosen = slice(None) if self.training else active[part]
             # Autocast casts by itself and keeps its copies.
-            if torch.is_autocast_enabled(self.gate.gate_logit.device.type):
-                return partial(_take_entries, entries=chosen, dtype=None)
-            return partial(_take_entries, entries=chosen, dtype=dtype)
+            casts = torch.is_autocast_enabled(self.gate.gate_logit.device.type)
+            return partial(select_entries, entries=chosen, dtype=None if casts else dtype)
         parameters = list(self.projector.parameters())
         if len(active) == len(self.entries) and all(value.dtype == dtype for value in parameters):
-            return lambda parameter: parameter[part]
+            return partial(select_entries, entries=part)
         key = (dtype, tuple(active), *map(_version, parameters))
         kept = self._cast_weights
         if kept is None or kept[0] != key:
             kept = (key, {id(value): value[active].to(dtype) for value in parameters})
             self._cast_weights = kept
-        copies = kept[1]
-        return lambda parameter: copies[id(parameter)][part]
+        return partial(select_from_copies, copies=kept[1], entries=part)
 
 
 class FuserPart(NamedTuple):
@@ -297,11 +295,6 @@ class C2CFuser(nn.Module):
             if entry in group.entries:
                 return group, group.entries.index(entry)
         raise IndexError(f"`entry` must be below {2 * self.num_layers}, but got {entry}.")
-
-
-def _take_entries(parameter: torch.Tensor, entries: list[int] | None, dtype: torch.dtype | None) -> torch.Tensor:
-    taken = parameter if entries is None else parameter[entries]
-    return taken if dtype is None else taken.to(dtype)
 
 
 def _version(parameter: torch.Tensor) -> object:

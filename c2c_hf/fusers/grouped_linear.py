@@ -1,6 +1,6 @@
 """Layers of which each entry of a group has its own weights, run as batched matrix products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -13,6 +13,19 @@ WeightSelector: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 def whole_weight(parameter: torch.Tensor) -> torch.Tensor:
     """Select a parameter as it is."""
     return parameter
+
+
+def select_entries(
+    parameter: torch.Tensor, entries: slice | list[int] = slice(None), dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Select some entries of a parameter, cast to `dtype` unless it is `None`; gradients flow back to it."""
+    selected = parameter[entries]
+    return selected if dtype is None else selected.to(dtype)
+
+
+def select_from_copies(parameter: torch.Tensor, copies: Mapping[int, torch.Tensor], entries: slice) -> torch.Tensor:
+    """Select some entries of a parameter's copy in another dtype, by the identity of the parameter."""
+    return copies[id(parameter)][entries]
 
 
 class GroupedLinear(nn.Module):

@@ -196,6 +196,10 @@ class TokenStates:
             tokens = states[:, self._columns].flatten(2).flatten(0, 1)
         return tokens if self._device is None else tokens.to(self._device)
 
+    def all_entries(self) -> list[torch.Tensor]:
+        """Return the tokens of every entry, see [`TokenStates.entry`]."""
+        return [self.entry(index) for index in range(len(self._entries))]
+
     def gather(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the tokens of several entries of equal width, `(num_entries, num_tokens, num_heads * head_dim)`."""
         return torch.stack([self.entry(index) for index in indices])

@@ -393,8 +393,9 @@ def tensor_per_sharer(config: C2CConfig, name: str, value: PerSharer | None) -> 
         ValueError: Their number is wrong.
     """
     values = [value] if isinstance(value, torch.Tensor) else list(value or [])
-    if len(values) != config.num_sharers:
-        raise ValueError(f"`{name}` must hold one tensor per sharer ({config.num_sharers}), but got {len(values)}.")
+    num_sharers = len(config.sharers)
+    if len(values) != num_sharers:
+        raise ValueError(f"`{name}` must hold one tensor per sharer ({num_sharers}), but got {len(values)}.")
     return values
 
 

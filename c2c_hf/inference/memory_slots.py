@@ -133,8 +133,9 @@ def prefill_head_tokens(
     """
     if plan.heads.shape[1] == 0:
         return []
-    heads, mask = plan.heads.to(inputs.tokens.device), plan.is_head.to(inputs.tokens.device)
-    input_ids, position_ids = inputs.tokens.gather(1, heads), inputs.positions().gather(1, heads)
+    tokens = inputs.tokens
+    heads, mask = plan.heads.to(tokens.device), plan.is_head.to(tokens.device)
+    input_ids, position_ids = tokens.gather(1, heads), inputs.positions().gather(1, heads)
     cache = full_length_cache()
     prefill(receiver, cache, input_ids, mask.long(), position_ids, with_gradient=with_gradient)
     return cached_states(cache)
@@ -211,8 +212,7 @@ def position_free_tokens(
         `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
     """
     entries = sharer_cache.entries()
-    states = TokenStates(entries, rows, positions)
-    tokens = [states.entry(index) for index in range(len(entries))]
+    tokens = TokenStates(entries, rows, positions).all_entries()
     places = _pick(position_ids, rows, positions)
     for layer_idx, rotation in enumerate(rotations):
         keys = tokens[layer_idx].unflatten(-1, (entries[layer_idx].shape[1], -1))
