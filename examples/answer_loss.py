@@ -7,14 +7,14 @@ import argparse
 import tempfile
 
 from c2c_hf import C2CTrainer, C2CTrainingArguments
-from c2c_hf.demo.local_pair import load_fuser
+from c2c_hf.demo import from_pretrained
 from c2c_hf.training.dataset import load_rows, prepare_dataset
 
 
 def main() -> None:
     """Evaluate twice and print both losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fuser", help="Hub id or folder; general: the one that comes with the package")
+    parser.add_argument("fuser", help="Hub id or folder, or `general`, which comes with the package")
     parser.add_argument("data", help="JSON Lines file or Hub id, as for training")
     parser.add_argument("--rows", type=int, help="the first so many (default: all)")
     parser.add_argument("--max-length", type=int, default=256)
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
 
-    model, processor = load_fuser(options.fuser, dtype=options.dtype)
+    model, processor = from_pretrained(options.fuser, dtype=options.dtype)
     rows = load_rows(options.data)
     rows = rows.select(range(min(len(rows), options.rows or len(rows))))
     examples = prepare_dataset(rows, processor, options.max_length, name=options.data)

@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 
 from c2c_hf import C2CForCausalLM
-from c2c_hf.demo.local_pair import local_pair
+from c2c_hf.demo import local_pair
 
 
 def measure(batch_size: int, hidden_size: int, dtype: str, steps: int) -> str:

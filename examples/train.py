@@ -16,7 +16,7 @@ from datasets import concatenate_datasets
 from transformers import set_seed
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
-from c2c_hf.demo.local_pair import local_pair
+from c2c_hf.demo import local_pair
 from c2c_hf.training.dataset import load_rows, prepare_dataset
 
 
