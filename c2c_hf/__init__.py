@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ._import_hook import call_when_imported
 
 if TYPE_CHECKING:
-    from .configuration_c2c import C2CConfig
+    from .configuration_c2c import C2CConfig, SharerConfig
     from .convert_reference import convert_reference_checkpoint
     from .fitting.ridge import fit_ridge
     from .inference.cache import C2CCache
@@ -26,6 +26,7 @@ __all__ = [
     "C2CTrainer",
     "C2CTrainingArguments",
     "SharerCache",
+    "SharerConfig",
     "__version__",
     "convert_reference_checkpoint",
     "fit_ridge",
@@ -43,6 +44,7 @@ _MODULES = {
     "C2CTrainer": ".training.trainer",
     "C2CTrainingArguments": ".training.arguments",
     "SharerCache": ".inference.sharer_cache",
+    "SharerConfig": ".configuration_c2c",
     "convert_reference_checkpoint": ".convert_reference",
     "fit_ridge": ".fitting.ridge",
 }
