@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -12,6 +12,8 @@ MODES = ("fusion", "memory")
 FUSION_MODES = ("parallel", "sequential")
 FUSER_TYPES = ("c2c",)
 FUSER_INITIALIZATIONS = ("closed_gates", "zero_output")
+
+Value = TypeVar("Value")
 
 #: (num_key_value_heads, key head_dim, value head_dim) of one cached layer.
 LayerShape = tuple[int, int, int]
@@ -23,7 +25,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be one of {list(allowed)}, but got {value!r}.")
 
 
-def one_per_sharer(name: str, value: Any, num_sharers: int) -> list[Any]:
+def one_per_sharer(name: str, value: Value | Sequence[Value], num_sharers: int) -> list[Value]:
     """Turn a one-or-many argument into a list with one entry per sharer.
 
     Args:
@@ -35,7 +37,7 @@ def one_per_sharer(name: str, value: Any, num_sharers: int) -> list[Any]:
         ValueError: The list has another length.
     """
     if not isinstance(value, list | tuple):
-        return [value] * num_sharers
+        return [cast(Value, value)] * num_sharers
     if len(value) != num_sharers:
         raise ValueError(f"`{name}` must be one value, or one per sharer ({num_sharers}), but got {value!r}.")
     return list(value)
@@ -358,6 +360,6 @@ def _as_dict(config: PreTrainedConfig | None) -> dict[str, Any] | None:
     }
 
 
-def _check_integer(field: str, value: Any, smallest: int) -> None:
+def _check_integer(field: str, value: object, smallest: int) -> None:
     if not isinstance(value, int) or value < smallest:
         raise ValueError(f"`{field}` must be an integer of at least {smallest}, but got {value!r}.")

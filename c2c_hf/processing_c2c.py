@@ -375,7 +375,8 @@ class C2CProcessor(ProcessorMixin):
         chats = [plain_messages(messages) for messages in conversations]
         layout = BatchLayout(padding, truncation, max_length, pad_to_multiple_of, return_tensors)
         contexts = self._check_contexts(sharer_context, len(chats), "conversation")
-        templates = one_per_sharer("sharer_chat_template", sharer_chat_template, len(self.sharer_tokenizers))
+        num_sharers = len(self.sharer_tokenizers)
+        templates: list[str | None] = one_per_sharer("sharer_chat_template", sharer_chat_template, num_sharers)
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         template_kwargs.update(

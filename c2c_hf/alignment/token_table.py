@@ -105,11 +105,14 @@ def resolve_alignments(
             vocabularies.
     """
     receiver = tokenizers[0]
-    alignments = one_per_sharer("token_alignment", token_alignment, len(tokenizers) - 1)
-    for index, (alignment, sharer) in enumerate(zip(alignments, tokenizers[1:], strict=True)):
+    num_sharers = len(tokenizers) - 1
+    wanted: list[str | None] = one_per_sharer("token_alignment", token_alignment, num_sharers)
+    resolved = []
+    for index, (alignment, sharer) in enumerate(zip(wanted, tokenizers[1:], strict=True)):
         if alignment is not None:
             check_choice("token_alignment", alignment, TOKEN_ALIGNMENTS)
-        if alignment not in (None, "identity"):
+        if alignment is not None and alignment != "identity":
+            resolved.append(alignment)
             continue
         sizes = None if vocab_sizes is None else (vocab_sizes[0], vocab_sizes[index + 1])
         if receiver is not None and sharer is not None:
@@ -127,8 +130,8 @@ def resolve_alignments(
                 f"receiver ({sizes[0]} tokens) and of sharer {index} ({sizes[1]} tokens) differ; use 'span', 'first' "
                 "or 'longest'."
             )
-        alignments[index] = "identity" if same else "span"
-    return alignments
+        resolved.append("identity" if same else "span")
+    return resolved
 
 
 def build_token_table(

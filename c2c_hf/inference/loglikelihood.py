@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
 from ..configuration_c2c import C2CConfig
@@ -49,7 +50,10 @@ def continuation_scores(
 
 
 def scores_after(
-    model: PreTrainedModel, outputs: Any, mask: torch.Tensor, continuations: Sequence[Sequence[Sequence[int]]]
+    model: PreTrainedModel,
+    outputs: CausalLMOutputWithPast,
+    mask: torch.Tensor,
+    continuations: Sequence[Sequence[Sequence[int]]],
 ) -> ContinuationScores:
     """Score continuations of prefilled prompts, see [`continuation_scores`].
 
@@ -88,7 +92,7 @@ def scores_after(
 
 def _score_part(
     model: PreTrainedModel,
-    outputs: Any,
+    outputs: CausalLMOutputWithPast,
     mask: torch.Tensor,
     rows: torch.Tensor,
     ids: torch.Tensor,
@@ -111,7 +115,7 @@ def _score_part(
     return chosen, ((logprobs.argmax(-1) == ids) | ~is_token).all(1)
 
 
-def _run(model: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> Any:
+def _run(model: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> CausalLMOutputWithPast:
     inputs["attention_mask"] = mask
     if accepts_argument(model, "position_ids"):
         inputs["position_ids"] = position_ids_from_mask(mask)[:, -inputs["input_ids"].shape[1] :]
