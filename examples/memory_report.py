@@ -9,7 +9,7 @@ Called again with the same folder it continues an interrupted run.
 import argparse
 from pathlib import Path
 
-from c2c_hf.demo.local_pair import load_fuser
+from c2c_hf.demo import from_pretrained
 from c2c_hf.evaluation.memory_report import memory_report
 from c2c_hf.training.dataset import load_rows
 
@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     rows = [] if options.passages is None else list(load_rows(options.passages))[: options.rows]
-    fusion_fuser = options.fusion_fuser and load_fuser(options.fusion_fuser, dtype=options.dtype)
-    fusers = ((Path(name).name, load_fuser(name, dtype=options.dtype)) for name in options.fusers)
+    fusion_fuser = options.fusion_fuser and from_pretrained(options.fusion_fuser, dtype=options.dtype)
+    fusers = ((Path(name).name, from_pretrained(name, dtype=options.dtype)) for name in options.fusers)
     for line in memory_report(fusers, options.output, rows, fusion_fuser, limit=options.limit):
         print(line, flush=True)
 

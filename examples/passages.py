@@ -8,7 +8,7 @@ import argparse
 
 import numpy as np
 
-from c2c_hf.demo.local_pair import load_fuser
+from c2c_hf.demo import from_pretrained
 from c2c_hf.evaluation.memory_report import context_gain_recovered, describe_difference, score_passages
 from c2c_hf.training.dataset import load_rows
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="number of passages (default: all)")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    model, processor = load_fuser(options.fuser, dtype=options.dtype)
+    model, processor = from_pretrained(options.fuser, dtype=options.dtype)
     rows = list(load_rows(options.data))[: options.rows]
     scores = score_passages(model, processor, rows)
     print(f"{len(rows)} answers, nats per token: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in scores.items()))
