@@ -1,4 +1,4 @@
-"""Time prefill, decoding, alignment and training against their floors: what C2C adds to the models' own cost.
+"""Time prefill, decoding, alignment, training and memory slots beside their floors: what C2C adds to the models' cost.
 
     python examples/benchmark.py                                   # the pair that installs from PyPI
     python examples/benchmark.py --pair qwen --device cuda --dtype bfloat16 --lengths 170
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from c2c_hf.benchmarks.runs import PAIRS, PARTS, plot_cost, run_benchmark
+from c2c_hf.benchmarks.suite import PAIRS, PARTS, plot_cost, run_benchmark
 
 
 def main() -> None:
@@ -25,15 +25,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the processor")
+    parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--plot", type=Path, help="file for a plot of cost against length, such as cost.png")
+    parser.add_argument("--plot", type=Path, help="file for a plot of seconds over length, such as cost.png")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu":
-        print("No GPU is used: the floor is that of the processor, one model after the other.")
+        print("On the CPU the floor runs the models in turn.")
 
     results = []
     for result in run_benchmark(
