@@ -1,4 +1,4 @@
-"""The code blocks of README and guides run, on tiny models that a Hub on loopback has under the real names."""
+"""The code blocks of README, guides and cards run, on tiny models that a Hub on loopback has under the real names."""
 
 import configparser
 import contextlib
@@ -26,11 +26,8 @@ from c2c_hf.cli.main import main
 ROOT = Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path
-    for path in [
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-        *sorted((ROOT / "docs/guides").glob("*.md")),
-    ]
+    for pattern in ("README.md", "docs/*.md", "docs/guides/*.md", "model_cards/*.md")
+    for path in sorted(ROOT.glob(pattern))
 }
 #: What the pages call the base models: architecture, tokenizer.
 MODELS = {
@@ -161,7 +158,7 @@ RUNS = ("c2c demo", "c2c generate", "c2c inspect", "c2c push", "c2c fit", "c2c e
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if command.startswith(RUNS) or "--data-dir" in command]
+    "command", [command for command in COMMANDS if command.startswith(RUNS) or "--data-dir data" in command]
 )
 def test_commands_run(command: str, client: HubClient, folder: Path) -> None:
     if "evaluate" in command:
