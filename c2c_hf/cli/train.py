@@ -19,14 +19,13 @@ def train(
     """
     from transformers import set_seed
 
-    from ..demo import local_pair
     from ..training.recipe import parse_recipe
     from ..training.trainer import C2CTrainer
 
     model_arguments, data_arguments, arguments = parse_recipe(config, ctx.args)
     # The fuser is initialized before the trainer sets the seed.
     set_seed(arguments.seed)
-    model, processor = model_arguments.load(local_pair() if model_arguments.demo_pair else None)
+    model, processor = model_arguments.load()
     with arguments.main_process_first(desc="tokenizing"):
         train_data, eval_data = data_arguments.load(processor, arguments.max_length, arguments.seed)
     adapter = model_arguments.peft_config()

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from ..configuration_c2c import check_choice
+from ..demo import from_pretrained, local_pair
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .arguments import C2CTrainingArguments
@@ -48,7 +49,8 @@ class ModelArguments:
         receiver: Hub id or folder of the receiver.
         sharers: Hub ids or folders of the sharers.
         demo_pair: Train the pair that installs from PyPI, SmolLM2-135M-Instruct and Gemma 3 270M.
-        fuser: Hub id or folder of a fuser whose training continues; it names its base models.
+        fuser: Hub id or folder of a fuser whose training continues, which names its base models; or `general` or
+            `memory`, which come with this package.
         load_sharers: `False`: the sharers of that fuser are not loaded; their caches are in `sharer_cache_dir`.
         dtype: Precision of the base models; the fuser stays in float32.
         attn_implementation: Of the base models.
@@ -113,12 +115,8 @@ class ModelArguments:
         if not self.load_sharers and not self.fuser:
             raise ValueError("`load_sharers: false` needs a `fuser`, which knows the shapes of its sharers.")
 
-    def load(self, demo_pair: tuple[str, str] | None = None) -> tuple[C2CForCausalLM, C2CProcessor]:
-        """Build or load the pair.
-
-        Args:
-            demo_pair: Folders of receiver and sharer that `demo_pair` stands for.
-        """
+    def load(self) -> tuple[C2CForCausalLM, C2CProcessor]:
+        """Build or load the pair."""
         shared = {
             name: value
             for name in ("dtype", "attn_implementation", "device_map")
@@ -129,19 +127,17 @@ class ModelArguments:
         )
         given = self.config_fields()
         if self.fuser is not None:
-            model = C2CForCausalLM.from_pretrained(
+            return from_pretrained(
                 self.fuser,
                 receiver_kwargs=receiver_kwargs,
                 sharer_kwargs=sharer_kwargs,
                 load_sharers=self.load_sharers,
                 **given,
             )
-            return model, C2CProcessor.from_pretrained(self.fuser)
-        receiver, sharers = self.receiver, self.sharers
-        if demo_pair is not None:
-            receiver, sharers = demo_pair[0], [demo_pair[1]]
-        if receiver is None or sharers is None:
-            raise ValueError("`demo_pair` must be given for a recipe that asks for it.")
+        if self.receiver is None or self.sharers is None:
+            receiver, *sharers = local_pair()
+        else:
+            receiver, sharers = self.receiver, self.sharers
         model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharers, receiver_kwargs, sharer_kwargs, **given)
         processor = C2CProcessor.from_receiver_and_sharers(
             receiver,
@@ -311,11 +307,15 @@ def parse_recipe(
         overrides: Words of a command line.
 
     Raises:
-        ValueError: The file is no mapping, or a field or value is unknown.
+        ValueError: The file is not YAML or no mapping, or a field or value is unknown.
+        OSError: The file cannot be read.
     """
     parser = recipe_parser()
     if recipe is not None:
-        values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{str(recipe)!r} is not YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{str(recipe)!r} must hold `field: value` lines, but holds {type(values).__name__}.")
         known = {each.name for arguments in _DATACLASSES for each in fields(arguments) if each.init}

@@ -34,12 +34,12 @@ def test_generate(pair: tuple[str, str]) -> None:
     for part in done.stdout.split("\n\n")[1:]:
         name, _, text = part.partition(":\n")
         answers[name.split(" (")[0]] = text.strip()
-    assert set(answers) == {"receiver alone", "sharer alone", "C2C"}
-    assert answers["C2C"] == answers["receiver alone"], "an untrained fuser is shut"
+    assert set(answers) == {"receiver", "sharer", "C2C"}
+    assert answers["C2C"] == answers["receiver"], "the gates of an untrained fuser are closed"
 
 
 def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
-    """`c2c fit` and then questions about a document, its states read once."""
+    """`c2c fit` and then questions about a document that the sharer prefills once."""
     receiver, sharer = pair
     rows = [json.dumps({"text": " ".join(TEXT[(i + j) % 5] for j in range(3))}) for i in range(100)]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -64,8 +64,8 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
         for _ in range(2)
     )
     assert first.returncode == 0, first.stderr[-2000:]
-    assert (tmp_path / "document.states.safetensors").is_file()
-    assert "The sharer read" in first.stdout and "The sharer read" not in second.stdout
+    assert (tmp_path / "document.cache.safetensors").is_file()
+    assert "The sharer prefilled" in first.stdout and "The sharer prefilled" not in second.stdout
     assert first.stdout.split(")\n")[-1] == second.stdout.split(")\n")[-1]
 
 
