@@ -73,6 +73,14 @@ def bash_lines() -> Iterator[tuple[str, str]]:
 COMMANDS = {command: where for where, command in reversed(list(bash_lines())) if command}
 
 
+@pytest.mark.parametrize("name", [*PAGES, "CHANGELOG.md"])
+def test_named_files_exist(name: str) -> None:
+    for found in re.findall(
+        r"`((?:tests|examples|docs|model_cards|c2c_hf)/[\w./-]+)`", (ROOT / name).read_text("utf-8")
+    ):
+        assert (ROOT / found).exists(), found
+
+
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubClient]:
     with HubServer() as server:
