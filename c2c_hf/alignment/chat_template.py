@@ -27,11 +27,18 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     for message in messages:
         content = message.get("content")
         if content is not None and not isinstance(content, str):
-            if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-                raise ValueError("`content` of a message must be text or a list of parts of type 'text'.")
+            if not isinstance(content, list | tuple) or not all(map(_is_text_part, content)):
+                raise ValueError(
+                    "`content` of a message must be text or a list of parts of type 'text', each with its `text`, but "
+                    f"got {content!r:.80}."
+                )
             content = "".join(part["text"] for part in content)
         plain.append({**message, "content": content} if "content" in message else dict(message))
     return plain
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def locate_contents(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import LoraConfig
@@ -74,7 +75,7 @@ class ModelArguments:
         lora_target_modules: Names of the layers that get one. `None`: every linear layer.
 
     Raises:
-        ValueError: No pair is named, or two are; or `load_sharers: false` without a fuser.
+        ValueError: No pair is named, or two are; an unknown `dtype`; or `load_sharers: false` without a fuser.
     """
 
     receiver: str | None = None
@@ -112,6 +113,8 @@ class ModelArguments:
         named = [bool(self.receiver and self.sharers), self.demo_pair, bool(self.fuser)]
         if sum(named) != 1:
             raise ValueError("Name one pair: `receiver` and `sharers`, or `fuser`, or `demo_pair: true`.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"`dtype` must be 'auto' or a dtype of torch such as 'bfloat16', but got {self.dtype!r}.")
         if not self.load_sharers and not self.fuser:
             raise ValueError("`load_sharers: false` needs a `fuser`, which knows the shapes of its sharers.")
 
