@@ -1,4 +1,4 @@
-"""Atomic writes: a file or a folder appears complete, or what stood there before stays."""
+"""Atomic writes: a file or a folder appears complete, or the previous content is unchanged."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ _ABANDONED_AFTER = 24 * 3600
 def write_file(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file completely or not at all; several processes may write the same file at the same time.
 
-    What killed processes left of earlier writes of the same file is removed.
+    Temporary files of killed processes that wrote the same file are removed.
 
     Args:
         path: The file, in a folder that exists.

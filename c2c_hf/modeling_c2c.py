@@ -58,7 +58,7 @@ from .fusers.memory import MemoryFuser
 from .hub.publish import publish_fuser
 from .inference.cache import C2CCache, RecordingCache
 from .inference.fingerprints import fingerprint, tokenizer_hash
-from .inference.fusion import FusionPlan, fuse_states, plan_fusion
+from .inference.fusion import FusionPlan, default_alignment, fuse_states, last_prompt_positions, plan_fusion
 from .inference.inputs import (
     GivenCaches,
     GivenSharerInputs,
@@ -66,11 +66,10 @@ from .inference.inputs import (
     ReceiverInputs,
     SharerInputs,
     cache_per_sharer,
-    check_sharer_inputs,
+    cached_length,
     collect_fusion_inputs,
     collect_memory_inputs,
-    default_alignment,
-    last_prompt_positions,
+    sharer_inputs_from_caller,
     sharer_inputs_from_tokens,
     tensor_per_sharer,
 )
@@ -79,7 +78,7 @@ from .inference.memory_slots import (
     fill_memory_slots,
     hide_slots,
     plan_memory_slots,
-    prefill_head_tokens,
+    prefill_leading_tokens,
 )
 from .inference.prefill import (
     LayerStates,
@@ -100,14 +99,15 @@ _SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignmen
 SHARER_ARGUMENTS = (*_SHARER_TENSORS, "sharer_caches")
 #: What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
 _PUSH_ARGUMENTS = (
-    *("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description", "license"),
+    *("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description", "subfolder"),
+    *("processor", "receiver", "sharers", "card", "license", "evaluation", "training", "datasets", "tags"),
 )
 #: Models whose fusion is off in the current context, by identity. Other threads and tasks have contexts of their own.
 _fusion_disabled: ContextVar[frozenset[int]] = ContextVar("c2c_fusion_disabled", default=frozenset())
 _count_lock = Lock()
 
 
-#: The receiver's own key/value states, and the logits wanted of them or `None`.
+#: The receiver's own key/value states, and the requested logits (`None`: none requested).
 ReceiverPrefill: TypeAlias = tuple[LayerStates, torch.Tensor | None]
 
 
@@ -120,7 +120,17 @@ def run_receiver(
     logits_to_keep: int | torch.Tensor,
     kwargs: dict[str, Any],
 ) -> CausalLMOutputWithPast:
-    """Run the receiver without fusion: fusion is off, nothing is aligned, or the answer is decoded."""
+    """Run the receiver's forward pass with the arguments that its architecture accepts.
+
+    Args:
+        receiver: The receiver.
+        inputs: Its inputs.
+        cache: Grows by the new tokens; `None`: left to the model.
+        labels: `(batch_size, seq_len)`, or `None`.
+        use_cache: Whether to return the cache; `None`: the model's default.
+        logits_to_keep: Number of last positions, 0 for all; or the positions.
+        kwargs: Further arguments of the receiver.
+    """
     call: dict[str, Any] = {**kwargs, "attention_mask": inputs.attention_mask, "use_cache": use_cache}
     call |= {"input_ids": inputs.input_ids, CACHE_ARGUMENT: cache}
     if inputs.inputs_embeds is not None:
@@ -148,13 +158,15 @@ def continue_receiver(
     num_kept: int,
     kwargs: dict[str, Any],
 ) -> CausalLMOutputWithPast | None:
-    """Put given states into the cache up to the tail, and run the receiver over the tail.
+    """Write precomputed states before the tail into the cache, then run the receiver over the tail.
 
     Args:
         receiver: The receiver.
-        states: Per layer keys and values `(batch_size, num_key_value_heads, length, head_dim)`; used up.
+        states: Per layer keys and values `(batch_size, num_key_value_heads, length, head_dim)`; the list is
+            emptied.
         tail_start: First position of the tail.
-        tail_mask: `(batch_size, tail length)`, bool: where given states replace the tail's own. `None`: nowhere.
+        tail_mask: `(batch_size, tail length)`, bool: where `states` replace those that the receiver computes. `None`:
+            nowhere.
         inputs: The receiver's inputs.
         cache: Grows by all new tokens.
         num_kept: Number of last positions whose logits are wanted.
@@ -197,9 +209,9 @@ def _tail(states: torch.Tensor, start: int, length: int) -> torch.Tensor:
 class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     """A receiver, its sharers and the fusers between them (Cache-to-Cache, arXiv 2510.03215).
 
-    All models prefill the prompt; the fused states enter the receiver's cache; everything after them, the answer
-    included, the receiver computes by itself at its own speed. Everything but `fuser` is frozen. Saved folders hold
-    the fuser alone and name the base models.
+    All models prefill the prompt, and the fused states enter the receiver's cache. After the prefill only the
+    receiver runs (unless `fuse_response`). Everything but `fuser` is frozen. Saved folders hold the fuser alone and
+    name the base models.
 
     Args:
         config: The pair, the fuser's sizes and the alignment.
@@ -291,29 +303,33 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: `(batch_size, seq_len)`, the receiver's tokens; with a cache the new ones only.
             attention_mask: `(batch_size, past_len + seq_len)`, 0 at padding on either side. `None`: no padding.
             position_ids: `(batch_size, seq_len)`. `None`: counted from the mask. With `token_alignment="identity"`
-                they are the sharer's as well.
-            cache: The receiver's cache: any of transformers', or a [`C2CCache`]. `None`: a new one.
+                also used for the sharer.
+            cache: The receiver's cache: any of transformers', or a [`C2CCache`], into which `fuse_response` wraps it.
+                `None`: a new one.
             inputs_embeds: `(batch_size, seq_len, hidden_size)` in place of `input_ids`.
             labels: `(batch_size, seq_len)`, -100 where there is no loss. The prompt ends before the first label.
             use_cache: Whether to return the cache.
-            logits_to_keep: Number of last positions to compute logits for, 0 for all; or the positions.
+            logits_to_keep: Number of last positions to compute logits for, 0 for all; or the positions, picked out of
+                all logits.
             sharer_input_ids: `(batch_size, sharer_len)`, the sharer's tokens of the whole text, earlier turns
-                included; with several sharers a list. `None`: made from `input_ids` where the alignment is token by
-                token; on a cache that is not empty the new tokens are then decoded without fusion.
+                included; with several sharers a list. `None`: made from `input_ids` with `token_alignment`
+                `"identity"`, `"first"` or `"longest"`; on a cache that is not empty the new tokens are then decoded
+                without fusion, unless `fuse_response`. In memory mode: no context.
             sharer_attention_mask: `(batch_size, sharer_len)`. `None`: no padding.
             sharer_alignment: `(batch_size, seq_len)`, or for the whole text: the sharer position aligned with each
-                receiver position, or -1. Exactly the aligned positions are fused. `None`: all but the last prompt
-                position, each with the same position of the sharer.
+                receiver position, or -1. Exactly the aligned positions are fused; with `fuse_response` all from the
+                last prompt position on as well. `None`: all but the last prompt position, each with the same position
+                of the sharer. In memory mode, where it is required: the sharer position that fills each slot, or -1.
             sharer_position_ids: `(batch_size, sharer_len)`. `None`: counted from the mask.
             past_key_values: The name of `cache` before transformers 5.24.
-            sharer_caches: The sharers' caches of this very text, computed elsewhere, in place of running them here;
-                with several sharers a list, `None` for those that run here.
+            sharer_caches: The sharers' caches of `sharer_input_ids`, prefilled elsewhere, in place of running them
+                here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
             **kwargs: Passed on to the receiver.
 
         Returns:
             Loss, logits `(batch_size, logits_to_keep or seq_len, vocab_size)` and cache. Logits of fused positions are
-            the receiver's own. Hidden states and attentions, where asked for, are those of the tail behind the fused
-            region.
+            the receiver's own. Hidden states and attentions, where requested, are those of the receiver's last pass,
+            from the end of the shortest fused region (or the last slot) on.
 
         Raises:
             ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long.
@@ -326,17 +342,17 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         seq_len = inputs.seq_len
         num_kept = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
 
-        # 1. Inputs for the sharers; none where the receiver runs without fusion.
+        # 1. Inputs for the sharers; none where the receiver runs without them.
         sharers: list[SharerInputs] = []
         if self.config.mode == "memory":
             inputs, sharers = self._collect_memory_inputs(inputs, given, cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
-            # `generate` gives positions beside masks of other kinds.
+            # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 inputs = inputs.with_positions()
 
-        # 2. Plan: which positions take states that the receiver does not compute by itself.
+        # 2. Plan: which positions get fused states or slot states.
         plan: FusionPlan | MemoryPlan | None = None
         if sharers and self.config.mode == "memory":
             plan = self._plan_memory_slots(sharers, inputs, cache, num_kept)
@@ -345,7 +361,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         if plan is None:
             return run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
 
-        # 3. Prefill the sharers, and of the receiver what does not depend on them.
+        # 3. Prefill the sharers, and the part of the receiver's prompt whose states do not depend on them.
         if cache is None:
             cache = DynamicCache(config=self.receiver.config.get_text_config())
         if self.config.fuse_response and not isinstance(cache, C2CCache):
@@ -353,13 +369,13 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         first_kept = max(0, seq_len - num_kept)
         prefill_receiver: Callable[[], ReceiverPrefill]
         if isinstance(plan, MemoryPlan):
-            inputs = inputs.with_positions(int(cache.get_seq_length()))
-            prefill_receiver = partial(self._prefill_head_tokens, plan, inputs)
+            inputs = inputs.with_positions(cached_length(cache))
+            prefill_receiver = partial(self._prefill_leading_tokens, plan, inputs)
         else:
             prefill_receiver = partial(self._prefill_fused_region, plan, inputs, cache, first_kept)
-        (states, clean_logits), caches = self._prefill_models(prefill_receiver, sharers, plan.sharer_lengths, cache)
+        (states, unfused_logits), caches = self._prefill_models(prefill_receiver, sharers, plan.sharer_lengths, cache)
 
-        # 4. Fill the memory slots, or fuse the receiver's states with the sharers'.
+        # 4. Fill the memory slots, or fuse the receiver's states with the sharers' in place.
         if isinstance(plan, MemoryPlan):
             memory_fusers = cast(Sequence[MemoryFuser], self.fuser)
             states = fill_memory_slots(
@@ -369,16 +385,16 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             fusers = cast(Sequence[C2CFuser], self.fuser)
             fuse_states(fusers, caches, states, plan.tokens, self.config.fusion_mode)
 
-        # 5. These states enter the cache, and the receiver goes on.
+        # 5. Write these states into the cache and run the receiver over the remaining positions.
         outputs = continue_receiver(
             self.receiver, states, plan.tail_start, plan.tail_mask(), inputs, cache, num_kept, kwargs
         )
-        # Without a tail all wanted logits are those of the unfused pass.
-        logits = cast(torch.Tensor, clean_logits)
+        # Without remaining positions (fusion mode only) all requested logits are those of the unfused pass.
+        logits = cast(torch.Tensor, unfused_logits)
         if outputs is not None:
             logits = outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
-            if clean_logits is not None and isinstance(plan, FusionPlan):
-                logits = plan.join_logits(clean_logits, logits, first_kept)
+            if unfused_logits is not None and isinstance(plan, FusionPlan):
+                logits = plan.join_logits(unfused_logits, logits, first_kept)
         loss = None
         if labels is not None:
             kept_labels = labels[:, labels.shape[1] - logits.shape[1] :].to(logits.device)
@@ -399,7 +415,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             return inputs, collect_memory_inputs(self.config, inputs, given, cache)
         mask = inputs.attention_mask
         if mask is None:
-            length = inputs.seq_len + (0 if cache is None else int(cache.get_seq_length()))
+            length = inputs.seq_len + cached_length(cache)
             mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
         mask = hide_slots(mask, tensor_per_sharer(self.config, "sharer_alignment", given.alignment))
         return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), []
@@ -413,7 +429,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> FusionPlan | None:
         starts = None
         if self.config.fuse_response:
-            # Logits that are asked for must come from the fused stream, those of an assistant's candidates, too.
+            # Requested logits must come from the fused pass, also those of assisted decoding's candidate tokens.
             starts = last_prompt_positions(inputs.attention_mask, labels, inputs.tokens)
             if isinstance(logits_to_keep, int) and logits_to_keep:
                 starts = starts.clamp_max(max(0, inputs.seq_len - logits_to_keep))
@@ -422,7 +438,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     def _plan_memory_slots(
         self, sharers: list[SharerInputs], inputs: ReceiverInputs, cache: Cache | None, num_kept: int
     ) -> MemoryPlan | None:
-        past_length = 0 if cache is None else int(cache.get_seq_length())
+        past_length = cached_length(cache)
         plan = plan_memory_slots(
             [sharer.alignment for sharer in sharers],
             inputs.new_mask().bool(),
@@ -443,10 +459,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[ReceiverPrefill, list[SharerCache | None]]:
         """Prefill every sharer as far as `lengths` says, and the receiver.
 
-        A [`C2CCache`] keeps the sharers' caches, which are continued here where the text goes on.
+        A [`C2CCache`] keeps the sharers' caches, which are continued if the new text extends the cached one.
 
         Returns:
-            The receiver's result, and each sharer's cache; `None` for one without aligned tokens.
+            The receiver's result, and each sharer's cache; `None` for one that has no aligned tokens in any turn.
         """
         kept = cache.sharer_caches if isinstance(cache, C2CCache) else []
         caches = [
@@ -471,12 +487,14 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     def _prefill_fused_region(
         self, plan: FusionPlan, inputs: ReceiverInputs, cache: Cache, first_kept: int
     ) -> ReceiverPrefill:
-        """Run the receiver over the region that is fused, the caller's cache unchanged.
+        """Run the receiver over the region that is fused.
+
+        The fused states of the caller's cache stay as they are; with response fusion its `unfused_cache` grows.
 
         Returns:
-            Its own states there, which fusion may change in place, and the logits wanted of it.
+            Its own states there, which fusion may change in place, and the requested logits.
         """
-        past_length = int(cache.get_seq_length())
+        past_length = cached_length(cache)
         check_length("receiver", self.receiver, past_length + plan.end)
         region, needs_grad = inputs.columns(0, plan.end), trains(self.receiver)
         num_logits = plan.end - first_kept if int(plan.row_starts.max()) > first_kept else 0
@@ -491,13 +509,13 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             with_gradient=needs_grad,
         )
         if self.config.fuse_response and isinstance(cache, C2CCache):
-            if past_length > 0 and cache.clean_cache is None:
+            if past_length > 0 and cache.unfused_cache is None:
                 raise ValueError(
                     "`cache`: with `fuse_response=True` a cache can only be continued if it was filled with response "
                     "fusion from the start, but this one was not; start with an empty one."
                 )
-            logits = run(cache=cache.keep_clean())
-            states = cached_states(cache.keep_clean())
+            logits = run(cache=cache.keep_unfused())
+            states = cached_states(cache.keep_unfused())
             return [(k[:, :, past_length:].clone(), v[:, :, past_length:].clone()) for k, v in states], logits
         if past_length == 0:
             scratch = full_length_cache()
@@ -509,9 +527,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         logits = run(cache=recording)
         return recording.recorded, logits
 
-    def _prefill_head_tokens(self, plan: MemoryPlan, inputs: ReceiverInputs) -> ReceiverPrefill:
-        """Run the receiver over its tokens in front of the slots, see [`prefill_head_tokens`]."""
-        return prefill_head_tokens(plan, self.receiver, inputs, trains(self.receiver)), None
+    def _prefill_leading_tokens(self, plan: MemoryPlan, inputs: ReceiverInputs) -> ReceiverPrefill:
+        """Run the receiver over its tokens before the slots, see [`prefill_leading_tokens`]."""
+        return prefill_leading_tokens(plan, self.receiver, inputs, trains(self.receiver)), None
 
     def rotations(self) -> list[list[Rotation]]:
         """Return the rotary embedding of every layer's keys: the receiver's, then each sharer's.
@@ -597,9 +615,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does, with every mode and argument that it has.
+        """Generate as transformers does, with every mode and argument but `prefill_chunk_size`.
 
-        Sharer inputs may be left out where the alignment is token by token (`"identity"`, `"first"`, `"longest"`).
+        The sharer arguments are those of [`forward`]. They may be left out with `token_alignment` `"identity"`,
+        `"first"` or `"longest"`.
 
         Raises:
             ValueError: With `prefill_chunk_size`: a chunk would attend to the fused states of the one before it.
@@ -659,7 +678,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 model_kwargs["sharer_position_ids"] = [sharer.position_ids for sharer in sharers]
         else:
             given = GivenSharerInputs(ids, masks, None, positions)
-            sharers = check_sharer_inputs(self.config, given, input_ids.shape[0])
+            sharers = sharer_inputs_from_caller(self.config, given, input_ids.shape[0])
         if alignment is None:
             ends = last_prompt_positions(mask, None, input_ids)
             model_kwargs["sharer_alignment"] = [
@@ -683,7 +702,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         token_alignment: str | Sequence[str | None] | None = None,
         **config_fields: Any,
     ) -> "C2CForCausalLM":
-        """Build an untrained pair: its gates are closed, so that its output is the receiver's.
+        """Build a model with an untrained fuser; in fusion mode its output equals the receiver's.
 
         Args:
             receiver: Hub id, folder or loaded model.
@@ -798,7 +817,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             attn_implementation: Attention of the base models, such as `"flash_attention_2"`.
             verify_base_models: Compare the base models' weights and revisions with those recorded; of quantized ones,
                 whose weights cannot be compared, the vocabularies.
-            load_sharers: Off, no sharer is loaded: their caches come as `sharer_caches`.
+            load_sharers: `False`: load no sharer; pass `sharer_caches` to `forward` or `generate`.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
                 fuser is on the Hub; fields of [`C2CConfig`] and [`SharerConfig`] override the saved ones.
 
@@ -936,7 +955,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 save_adapter(self.receiver, staging / ADAPTER_FOLDER)
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", target.resolve().name)
-            self.push_to_hub(repo_id, with_code=with_code, **push_kwargs)
+            size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+            self.push_to_hub(repo_id, with_code=with_code, **size, **push_kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
@@ -974,7 +994,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: A base model is a local folder, the license is unknown, or an argument is.
-            OSError: The Hub refuses or does not answer, or the disk is full; nothing is committed then.
+            OSError: The Hub refuses (`HfHubHTTPError`) or the disk is full; nothing is committed then.
+            huggingface_hub.errors.HTTPError: The Hub does not answer.
+            RuntimeError: The upload of a large file fails.
         """
         if processor is None:
             processor = self._build_processor()

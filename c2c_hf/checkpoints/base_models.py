@@ -75,7 +75,7 @@ def load_base_model(
 
     Raises:
         TypeError: Neither a name nor a model.
-        ValueError: The folder does not exist.
+        ValueError: An absolute path names no folder.
     """
     if isinstance(model, torch.nn.Module):
         if not isinstance(model, PreTrainedModel):
@@ -113,8 +113,8 @@ def check_base_model(role: str, field: str, saved: object, found: object, hint: 
         role: Names the model in the error.
         field: What is compared.
         saved: The value in the configuration; `None` is not compared.
-        found: The value of the model at hand; `None` is not compared.
-        hint: How to go on all the same.
+        found: The value of the loaded model; `None` is not compared.
+        hint: Advice appended to the error.
 
     Raises:
         ValueError: They differ.
@@ -141,7 +141,7 @@ def load_base_models(
         receiver: A loaded receiver, or another place of the same. `None`: by the recorded name and revision.
         sharers: The same for the sharers, one per sharer.
         all_kwargs: Arguments of each model's own `from_pretrained`.
-        load_sharers: Off: the sharers' configurations alone.
+        load_sharers: `False`: no sharer is loaded, its configuration stands for it.
         verify_revisions: Compare the revisions found with those recorded.
 
     Returns:

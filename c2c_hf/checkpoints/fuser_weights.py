@@ -1,4 +1,7 @@
-"""Reading of saved fuser weights, which trusts nothing that stands in the files."""
+"""Load the weights of a saved fuser and validate file names, shards, names and shapes.
+
+[`C2CForCausalLM.save_pretrained`] writes them.
+"""
 
 import json
 import re

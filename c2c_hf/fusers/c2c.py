@@ -80,7 +80,7 @@ class Projector(nn.Module):
 
 
 class Gate(nn.Module):
-    """One learned gate per entry: soft and noisy in training, a threshold at 0 at inference."""
+    """One learned gate per entry: a relaxed Bernoulli sample in training, open where `gate_logit > 0` at inference."""
 
     def __init__(self, num_entries: int) -> None:
         super().__init__()
@@ -107,7 +107,13 @@ class Gate(nn.Module):
         return -torch.log(-torch.log(uniform))
 
     def soft(self, num_tokens: int, num_heads: int, temperature: torch.Tensor) -> torch.Tensor:
-        """Return `sigmoid((gate_logit + noise) / temperature)`, `(num_entries, num_tokens, num_heads)` in float32."""
+        """Return `sigmoid((gate_logit + noise) / temperature)`, `(num_entries, num_tokens, num_heads)` in float32.
+
+        Args:
+            num_tokens: Number of fused tokens.
+            num_heads: The receiver's key/value heads.
+            temperature: Scalar.
+        """
         logit = self.gate_logit.float()[:, None, None]
         noise = self.sample_noise((len(self.gate_logit), num_tokens, num_heads))
         return torch.sigmoid((logit + noise) / temperature)
@@ -115,7 +121,7 @@ class Gate(nn.Module):
     def open_entries(self) -> list[int]:
         """Return the entries whose gate is open at inference.
 
-        Copying the gates to the host waits for their device, so the answer is kept until they change.
+        Copying the gates to the host synchronizes their device, so the answer is kept until they change.
         """
         version = _version(self.gate_logit)
         kept = self._open
@@ -148,7 +154,7 @@ class FuserGroup(nn.Module):
         self._cast_weights: tuple[tuple[object, ...], dict[int, torch.Tensor]] | None = None
 
     def train(self, mode: bool = True) -> "FuserGroup":
-        """Set the mode, and drop cached copies of the weights: fused optimizers change weights without a trace."""
+        """Set the mode, and drop cached copies of the weights, since fused optimizers do not count their writes."""
         self._cast_weights, self.gate._open = None, None
         return super().train(mode)
 
@@ -211,7 +217,7 @@ class FuserPart(NamedTuple):
     Attributes:
         group: Their group.
         selected: Which of the group's active entries they are.
-        entries: The receiver's entry of each: layer index, for values behind all layers' keys.
+        entries: The receiver's entry of each: layer index, for values after all layers' keys.
         sources: The sharer's entry of each, likewise.
     """
 
@@ -285,10 +291,6 @@ class C2CFuser(nn.Module):
         change = part.group(sharer_states, receiver_states, self.gate_temperature, part.selected)
         return change.to(receiver_states.dtype)
 
-    def is_open(self) -> bool:
-        """Return whether the fuser can change anything now."""
-        return any(group.active_entries() for group in self.groups)
-
     def locate(self, entry: int) -> tuple[FuserGroup, int]:
         """Return the group of an entry, and its index there."""
         for group in self.groups:
@@ -298,7 +300,7 @@ class C2CFuser(nn.Module):
 
 
 def _version(parameter: torch.Tensor) -> object:
-    """Return what changes when a parameter is moved or written to; inference tensors count no writes."""
+    """Return a key that changes when a parameter is moved or written to; inference tensors have no version counter."""
     return object() if parameter.is_inference() else (parameter.data_ptr(), parameter._version)
 
 

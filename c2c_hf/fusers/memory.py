@@ -61,9 +61,9 @@ class MemoryFuser(nn.Module):
             `memory_hidden_size`.
         sharer: Sharer layer shapes.
 
-    The buffers `sharer_scales` and `receiver_scales` hold the root mean square of the states, every layer's keys, then
-    every layer's values: the maps work on states of about unit size, so that one penalty and one learning rate suit
-    all.
+    The buffers `sharer_scales` and `receiver_scales` hold the standard deviation of the states, rounded to a power of
+    two, every layer's keys, then every layer's values: the maps work on states of about unit size, so that one penalty
+    and one learning rate suit all.
     """
 
     sharer_scales: torch.Tensor

@@ -1,4 +1,4 @@
-"""Caches of the receiver: [`C2CCache`], and a copy that records new states."""
+"""Caches of the receiver: [`C2CCache`], and a temporary copy that records the states of one forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ class C2CCache(Cache):
         self.receiver_cache = DynamicCache() if cache is None else cache
         super().__init__(layers=self.receiver_cache.layers)
         self.sharer_caches: list[SharerCache | None] = []
-        self.clean_cache: Cache | None = None
+        self.unfused_cache: Cache | None = None
         self._fused: tuple[LayerStates, torch.Tensor] | None = None
 
     def update(
@@ -78,16 +78,16 @@ class C2CCache(Cache):
         finally:
             self._fused = None
 
-    def keep_clean(self) -> Cache:
-        """Return the cache of the receiver's own, unfused states, which is kept beside the fused one from now on."""
-        if self.clean_cache is None:
-            self.clean_cache = full_length_cache()
-        return self.clean_cache
+    def keep_unfused(self) -> Cache:
+        """Return the cache of the receiver's own, unfused states, which is kept next to the fused one from now on."""
+        if self.unfused_cache is None:
+            self.unfused_cache = full_length_cache()
+        return self.unfused_cache
 
     def reset(self) -> None:
         """Empty the cache and drop the sharers' caches."""
         super().reset()
-        self.sharer_caches, self.clean_cache = [], None
+        self.sharer_caches, self.unfused_cache = [], None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -97,8 +97,8 @@ class C2CCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        if self.clean_cache is not None:
-            self.clean_cache.batch_repeat_interleave(repeats)
+        if self.unfused_cache is not None:
+            self.unfused_cache.batch_repeat_interleave(repeats)
         for sharer_cache in self.sharer_caches:
             if sharer_cache is not None:
                 sharer_cache.select_rows(torch.arange(len(sharer_cache.input_ids)).repeat_interleave(repeats))
@@ -109,22 +109,26 @@ class C2CCache(Cache):
         self._select_rows(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens, as assisted decoding does with rejected ones."""
+        """Remove the last tokens, as assisted decoding does with rejected ones.
+
+        Args:
+            tokens_to_remove: Their number, negative as in transformers.
+        """
         length = self.get_seq_length()
         super().crop(tokens_to_remove)
-        if self.clean_cache is None:
+        if self.unfused_cache is None:
             # Without response fusion a sharer's cache holds its own tokens; the next turn crops it to the common
             # prefix.
             return
         removed = length - self.get_seq_length()
-        self.clean_cache.crop(-removed)
+        self.unfused_cache.crop(-removed)
         for sharer_cache in self.sharer_caches:
             if sharer_cache is not None:
                 sharer_cache.crop(sharer_cache.input_ids.shape[1] - removed)
 
     def _select_rows(self, rows: torch.Tensor) -> None:
-        if self.clean_cache is not None:
-            self.clean_cache.batch_select_indices(rows)
+        if self.unfused_cache is not None:
+            self.unfused_cache.batch_select_indices(rows)
         for sharer_cache in self.sharer_caches:
             if sharer_cache is not None:
                 sharer_cache.select_rows(rows)

@@ -1,4 +1,8 @@
-"""Fusion mode: which positions are fused, and the fusing itself (arXiv 2510.03215)."""
+"""Fusion mode: which positions are fused, and the fusing itself (arXiv 2510.03215).
+
+The processor aligns the tokens and leaves the last prompt token out (`C2CProcessor`); without a given alignment,
+[`default_alignment`] decides.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +23,13 @@ class FusionPlan:
 
     Attributes:
         seq_len: Number of new tokens.
-        row_starts: `(batch_size,)`, int64 on the CPU: from this position on a row is computed over its fused cache;
+        row_starts: `(batch_size,)`, int64 on the CPU: first position of each row that is computed on its fused cache;
             the positions before it are computed by the receiver without fusion.
-        tail_start: The smallest of them. Positions before it enter the cache as one block.
+        tail_start: The minimum of `row_starts`. The positions from here on are the *tail*, which the receiver runs
+            over last; those before it enter the cache as one block.
         end: One more than the last position that is fused in any row.
         tokens: Per sharer the fused tokens, on the CPU.
-        sharer_lengths: Per sharer how many of its tokens are prefilled.
+        sharer_lengths: Per sharer how many of its tokens are needed. With response fusion all are prefilled.
     """
 
     seq_len: int
@@ -35,10 +40,13 @@ class FusionPlan:
     sharer_lengths: list[int]
 
     def tail_mask(self) -> torch.Tensor | None:
-        """Return where given states replace the tail's own, `(batch_size, tail length)`, or `None` where nowhere.
+        """Return where fused states replace those that the receiver computes in the tail; `None` if nowhere.
 
-        Rows of a batch may end their fused region at different positions. The tail starts at the earliest; the fused
-        states of rows that go on beyond it are put in place inside the cache.
+        The fused regions of a batch may end at different positions. The tail starts at the earliest end; the fused
+        states of rows whose region is longer are put in place inside the cache.
+
+        Returns:
+            `(batch_size, seq_len - tail_start)`, bool, or `None`.
         """
         if self.end <= self.tail_start:
             return None
@@ -49,11 +57,11 @@ class FusionPlan:
         mask |= torch.arange(self.seq_len) < self.row_starts.unsqueeze(1)
         return mask[:, self.tail_start :]
 
-    def join_logits(self, clean: torch.Tensor, tail: torch.Tensor, first_kept: int) -> torch.Tensor:
-        """Take each row's logits from the unfused pass up to its own start and from the tail behind it.
+    def join_logits(self, unfused: torch.Tensor, tail: torch.Tensor, first_kept: int) -> torch.Tensor:
+        """Take each row's logits from the unfused pass up to its own start and from the tail after it.
 
         Args:
-            clean: `(batch_size, end - first_kept, vocab_size)`, of the unfused pass.
+            unfused: `(batch_size, end - first_kept, vocab_size)`, of the unfused pass.
             tail: `(batch_size, num_tail_logits, vocab_size)`, of the last positions.
             first_kept: First position whose logits are wanted.
 
@@ -61,11 +69,11 @@ class FusionPlan:
             `(batch_size, seq_len - first_kept, vocab_size)`.
         """
         tail_first = self.seq_len - tail.shape[1]
-        head, overlap = clean[:, : tail_first - first_kept], clean[:, tail_first - first_kept :]
+        start, overlap = unfused[:, : tail_first - first_kept], unfused[:, tail_first - first_kept :]
         columns = torch.arange(tail_first, self.end)
-        from_clean = (columns < self.row_starts.unsqueeze(1)).to(tail.device).unsqueeze(-1)
-        joined = torch.where(from_clean, overlap, tail[:, : self.end - tail_first])
-        return torch.cat([head, joined, tail[:, self.end - tail_first :]], dim=1)
+        from_unfused = (columns < self.row_starts.unsqueeze(1)).to(tail.device).unsqueeze(-1)
+        joined = torch.where(from_unfused, overlap, tail[:, : self.end - tail_first])
+        return torch.cat([start, joined, tail[:, self.end - tail_first :]], dim=1)
 
 
 def plan_fusion(
@@ -77,7 +85,7 @@ def plan_fusion(
         alignments: Per sharer `(batch_size, seq_len)`: the sharer position aligned with each new receiver position, or
             -1.
         sharer_lengths: Number of tokens of each sharer.
-        row_starts: `(batch_size,)`: where each row's tail starts, for response fusion. `None`: behind the row's last
+        row_starts: `(batch_size,)`: where each row's tail starts, for response fusion. `None`: after the row's last
             fused position.
 
     Returns:
@@ -86,7 +94,7 @@ def plan_fusion(
     Raises:
         ValueError: A sharer position is out of range.
     """
-    # The one wait for the device, before any work is queued on it.
+    # The only device synchronization; done before any kernel is queued.
     host = torch.stack([alignment.cpu() for alignment in alignments])
     fused = (host >= 0).any(0)
     if not fused.any():
@@ -109,6 +117,64 @@ def plan_fusion(
         tokens=[aligned_tokens(alignment) for alignment in host],
         sharer_lengths=[int(alignment.max()) + 1 for alignment in host],
     )
+
+
+def last_prompt_positions(
+    attention_mask: torch.Tensor | None, labels: torch.Tensor | None, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Return per row the position that predicts the first answer token.
+
+    Args:
+        attention_mask: `(batch_size, past_len + seq_len)`, or `None`.
+        labels: `(batch_size, seq_len)`, -100 where there is no loss, or `None`.
+        tokens: `(batch_size, seq_len, ...)`, the new tokens or their embeddings.
+
+    Returns:
+        `(batch_size,)`: the position before the first label, else the last real one.
+    """
+    batch_size, seq_len = tokens.shape[:2]
+    columns = torch.arange(seq_len, device=tokens.device)
+    real = columns.expand(batch_size, seq_len)
+    if attention_mask is not None:
+        real = real.masked_fill(attention_mask[:, -seq_len:] == 0, -1)
+    last = real.amax(1)
+    if labels is not None:
+        first_label = torch.where(labels != -100, columns, seq_len).amin(1)
+        last = torch.minimum(last, (first_label - 1).clamp_min(0))
+    return last
+
+
+def default_alignment(
+    alignment: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    past_length: int,
+    seq_len: int,
+) -> torch.Tensor:
+    """Restrict a token-by-token alignment to the new tokens that are fused: no padding, nothing from a row's end on.
+
+    Args:
+        alignment: `(batch_size, past_length + seq_len)`.
+        attention_mask: `(batch_size, past_length + seq_len)`, or `None`.
+        ends: `(batch_size,)`: the first new position of each row that is not fused, or `None`.
+        past_length: Number of tokens in the cache.
+        seq_len: Number of new tokens.
+
+    Raises:
+        ValueError: The sharer's tokens are not the receiver's one by one.
+    """
+    if alignment.shape[1] != past_length + seq_len:
+        raise ValueError(
+            "`sharer_alignment` must be given where a sharer's tokens are not the receiver's one by one: the sharer "
+            f"has {alignment.shape[1]} tokens, the receiver {past_length + seq_len}; use `C2CProcessor`."
+        )
+    alignment = alignment[:, past_length:]
+    if attention_mask is not None:
+        alignment = alignment.masked_fill((attention_mask[:, -seq_len:] == 0).to(alignment.device), -1)
+    if ends is not None:
+        columns = torch.arange(seq_len, device=alignment.device)
+        alignment = alignment.masked_fill(columns >= ends.to(alignment.device).unsqueeze(1), -1)
+    return alignment
 
 
 def aligned_tokens(alignment: torch.Tensor) -> AlignedTokens:
@@ -144,7 +210,7 @@ def fuse_states(
         for fuser, sharer_cache, (rows, positions, sharer_positions) in zip(fusers, sharer_caches, tokens, strict=True)
         if sharer_cache is not None and len(rows) > 0
     ]
-    # With a single fuser every part is added before the next one is gathered: less memory.
+    # With a single fuser each part is added immediately, which saves memory.
     at_once = fusion_mode == "parallel" and len(pairs) > 1
     pending: list[tuple[TokenStates, list[int], torch.Tensor]] = []
     for fuser, sharer_tokens, receiver_tokens in pairs:

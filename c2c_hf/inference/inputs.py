@@ -10,6 +10,7 @@ from transformers import Cache
 from ..alignment.token_table import apply_token_table
 from ..configuration_c2c import C2CConfig
 from .cache import C2CCache
+from .fusion import default_alignment, last_prompt_positions
 from .prefill import cached_states, position_ids_from_mask
 from .sharer_cache import SharerCache
 
@@ -153,10 +154,10 @@ def collect_fusion_inputs(
         ValueError: Inputs are missing or do not fit.
     """
     if given.input_ids is None:
-        if config.fuse_response and isinstance(cache, C2CCache) and cache.clean_cache is not None:
+        if config.fuse_response and isinstance(cache, C2CCache) and cache.unfused_cache is not None:
             if receiver.input_ids is not None:
                 return _continued_inputs(token_tables, receiver, cache)
-        # The length of a static cache waits for the device: a decoded token is recognized without it.
+        # Reading the length of a static cache synchronizes the device, so one-token inputs are recognized first.
         if (receiver.seq_len <= 1 and not config.fuse_response) or cached_length(cache) > 0:
             return []
     mask = receiver.attention_mask
@@ -166,7 +167,7 @@ def collect_fusion_inputs(
         # Response fusion continues token by token, so the sharers' inputs are made token by token from the start.
         sharers = sharer_inputs_from_tokens(config, token_tables, receiver)
     else:
-        sharers = check_sharer_inputs(config, given, receiver.batch_size)
+        sharers = sharer_inputs_from_caller(config, given, receiver.batch_size)
     past_length, ends = cached_length(cache), last_prompt_positions(mask, labels, receiver.tokens)
     if given.alignment is None:
         for sharer in sharers:
@@ -206,7 +207,7 @@ def collect_memory_inputs(
             "`sharer_alignment` must be given with `mode='memory'`: it says which positions of the prompt are slots; "
             "use `C2CProcessor` to make all inputs."
         )
-    sharers = check_sharer_inputs(config, given, receiver.batch_size)
+    sharers = sharer_inputs_from_caller(config, given, receiver.batch_size)
     alignments = tensor_per_sharer(config, "sharer_alignment", given.alignment)
     for sharer, alignment in zip(sharers, alignments, strict=True):
         sharer.alignment = new_alignment(alignment, receiver.batch_size, receiver.seq_len, cached_length(cache))
@@ -250,8 +251,13 @@ def sharer_inputs_from_tokens(
     return sharers
 
 
-def check_sharer_inputs(config: C2CConfig, given: GivenSharerInputs, batch_size: int) -> list[SharerInputs]:
-    """Check sharer inputs that the caller made; each position is aligned to itself where the sharer sees it.
+def sharer_inputs_from_caller(config: C2CConfig, given: GivenSharerInputs, batch_size: int) -> list[SharerInputs]:
+    """Check sharer inputs that the caller made; initially each position that the sharer sees is aligned with itself.
+
+    Args:
+        config: Of the model.
+        given: What the caller gave, ids included.
+        batch_size: Of the receiver.
 
     Raises:
         ValueError: They do not fit the receiver's batch or one another.
@@ -305,66 +311,8 @@ def _continued_inputs(
     return sharers
 
 
-def last_prompt_positions(
-    attention_mask: torch.Tensor | None, labels: torch.Tensor | None, tokens: torch.Tensor
-) -> torch.Tensor:
-    """Return per row the position that predicts the first answer token.
-
-    Args:
-        attention_mask: `(batch_size, past_len + seq_len)`, or `None`.
-        labels: `(batch_size, seq_len)`, -100 where there is no loss, or `None`.
-        tokens: `(batch_size, seq_len, ...)`, the new tokens or their embeddings.
-
-    Returns:
-        `(batch_size,)`: the position before the first label, else the last real one.
-    """
-    batch_size, seq_len = tokens.shape[:2]
-    columns = torch.arange(seq_len, device=tokens.device)
-    real = columns.expand(batch_size, seq_len)
-    if attention_mask is not None:
-        real = real.masked_fill(attention_mask[:, -seq_len:] == 0, -1)
-    last = real.amax(1)
-    if labels is not None:
-        first_label = torch.where(labels != -100, columns, seq_len).amin(1)
-        last = torch.minimum(last, (first_label - 1).clamp_min(0))
-    return last
-
-
-def default_alignment(
-    alignment: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    ends: torch.Tensor | None,
-    past_length: int,
-    seq_len: int,
-) -> torch.Tensor:
-    """Restrict a token-by-token alignment to the new tokens that are fused: no padding, nothing from a row's end on.
-
-    Args:
-        alignment: `(batch_size, past_length + seq_len)`.
-        attention_mask: `(batch_size, past_length + seq_len)`, or `None`.
-        ends: `(batch_size,)`: the first new position of each row that is not fused, or `None`.
-        past_length: Number of tokens in the cache.
-        seq_len: Number of new tokens.
-
-    Raises:
-        ValueError: The sharer's tokens are not the receiver's one by one.
-    """
-    if alignment.shape[1] != past_length + seq_len:
-        raise ValueError(
-            "`sharer_alignment` must be given where a sharer's tokens are not the receiver's one by one: the sharer "
-            f"has {alignment.shape[1]} tokens, the receiver {past_length + seq_len}; use `C2CProcessor`."
-        )
-    alignment = alignment[:, past_length:]
-    if attention_mask is not None:
-        alignment = alignment.masked_fill((attention_mask[:, -seq_len:] == 0).to(alignment.device), -1)
-    if ends is not None:
-        columns = torch.arange(seq_len, device=alignment.device)
-        alignment = alignment.masked_fill(columns >= ends.to(alignment.device).unsqueeze(1), -1)
-    return alignment
-
-
 def new_alignment(alignment: torch.Tensor, batch_size: int, seq_len: int, past_length: int) -> torch.Tensor:
-    """Return the new tokens' part of an alignment of the whole text; tokens behind its end are not aligned.
+    """Return the new tokens' part of an alignment of the whole text; tokens after its end are not aligned.
 
     Raises:
         ValueError: It has the wrong shape or holds no integers.
@@ -442,8 +390,8 @@ def attach_caches(config: C2CConfig, sharers: list[SharerInputs], caches: GivenC
             )
         _check_source(config, index, given)
         _check_text(index, sharer, given)
-        # What happens to the cache of this pass must not happen to the caller's.
-        sharer.cache = given.repeat_interleave(1)
+        # A copy: this pass may modify the cache.
+        sharer.cache = given.copy()
     return sharers
 
 
@@ -470,7 +418,7 @@ def _check_source(config: C2CConfig, index: int, given: SharerCache) -> None:
 
 
 def _check_text(index: int, sharer: SharerInputs, given: SharerCache) -> None:
-    # Positions behind the last aligned one make no difference.
+    # Positions after the last aligned one make no difference.
     length = int(sharer.alignment.max()) + 1
     device = given.input_ids.device
     ids, mask = sharer.input_ids[:, :length].to(device), sharer.attention_mask[:, :length].to(device)

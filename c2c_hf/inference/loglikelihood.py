@@ -1,4 +1,4 @@
-"""Log-likelihood of continuations of a prompt: one prefill of the prompt, whose cache serves all of them."""
+"""Log-likelihood of continuations of a prompt: one prefill of the prompt, whose cache is reused for all of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -78,8 +78,9 @@ def scores_after(
     ids = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
     is_token = torch.arange(ids.shape[1], device=mask.device) < lengths.unsqueeze(1)
 
-    # Gradients would be kept for all parts anyway, and a cache with response fusion cannot be copied as states alone.
-    whole = torch.is_grad_enabled() or getattr(outputs.get(CACHE_ARGUMENT), "clean_cache", None) is not None
+    # Splitting saves no memory where gradients are kept, and a cache with response fusion cannot be copied by its
+    # states alone.
+    whole = torch.is_grad_enabled() or getattr(outputs.get(CACHE_ARGUMENT), "unfused_cache", None) is not None
     size = len(ids) if whole else max(1, MAX_LOGITS // (ids.shape[1] * outputs.logits.shape[-1]))
     parts = []
     for start in reversed(range(0, len(ids), size)):

@@ -23,24 +23,28 @@ class MemoryPlan:
 
     Attributes:
         slots: `(batch_size, seq_len)`, bool.
-        given: `(batch_size, seq_len)`, bool: slots, and tokens in front of the tail that are prefilled apart.
-        heads: `(batch_size, num_head_tokens)`: columns of the latter, a row's first column where it has fewer.
-        is_head: `(batch_size, num_head_tokens)`, bool.
-        tail_start: The receiver computes the columns from here on; given states in them replace its own.
+        given: `(batch_size, seq_len)`, bool: slots, and the leading tokens before them, which are prefilled apart.
+        leading: `(batch_size, num_leading_tokens)`: columns of the latter; arbitrary ones where a row has fewer.
+        is_leading: `(batch_size, num_leading_tokens)`, bool: which of them count.
+        tail_start: First column that the receiver runs over; `given` states there replace its own.
         tokens: Per sharer which of its tokens fills which slot, on the CPU.
         sharer_lengths: Per sharer how many of its tokens are prefilled.
     """
 
     slots: torch.Tensor
     given: torch.Tensor
-    heads: torch.Tensor
-    is_head: torch.Tensor
+    leading: torch.Tensor
+    is_leading: torch.Tensor
     tail_start: int
     tokens: list[AlignedTokens]
     sharer_lengths: list[int]
 
     def tail_mask(self) -> torch.Tensor | None:
-        """Return where given states replace the tail's own, `(batch_size, tail length)`, or `None` where nowhere."""
+        """Return where `given` states replace those that the receiver computes; `None` if nowhere.
+
+        Returns:
+            `(batch_size, seq_len - tail_start)`, bool, or `None`.
+        """
         given = self.given[:, self.tail_start :]
         return given if bool(given.any()) else None
 
@@ -83,19 +87,19 @@ def plan_memory_slots(
     firsts = torch.where(real, columns, slots.shape[1]).amin(1)
     tail_start = min(int(torch.where(last_slots >= 0, last_slots + 1, firsts).min()), slots.shape[1] - num_kept)
     before = columns < tail_start
-    is_head = real & ~slots & before
+    is_leading = real & ~slots & before
     first_slots = torch.where(slots, columns, slots.shape[1]).amin(1, keepdim=True)
-    if past or bool((is_head & (columns > first_slots)).any()):
+    if past or bool((is_leading & (columns > first_slots)).any()):
         # Such a token attends to the past or to a slot: all columns are computed in order.
-        tail_start, is_head = 0, torch.zeros_like(is_head)
-    count = int(is_head.sum(1).max())
-    # The head tokens of each row first, in order.
-    order = torch.where(is_head, columns, columns + slots.shape[1]).argsort(1)[:, :count]
+        tail_start, is_leading = 0, torch.zeros_like(is_leading)
+    count = int(is_leading.sum(1).max())
+    # The leading tokens of each row first, in order.
+    order = torch.where(is_leading, columns, columns + slots.shape[1]).argsort(1)[:, :count]
     return MemoryPlan(
         slots=slots,
-        given=slots | is_head,
-        heads=order,
-        is_head=is_head.gather(1, order),
+        given=slots | is_leading,
+        leading=order,
+        is_leading=is_leading.gather(1, order),
         tail_start=tail_start,
         tokens=[aligned_tokens(alignment.masked_fill(~slots, -1)) for alignment in host],
         sharer_lengths=[int(alignment.max()) + 1 for alignment in host],
@@ -116,10 +120,10 @@ def hide_slots(attention_mask: torch.Tensor, alignments: Sequence[torch.Tensor])
     return hidden
 
 
-def prefill_head_tokens(
+def prefill_leading_tokens(
     plan: MemoryPlan, receiver: PreTrainedModel, inputs: ReceiverInputs, with_gradient: bool
 ) -> LayerStates:
-    """Prefill the receiver's tokens in front of its slots, apart from everything else.
+    """Prefill the receiver's tokens before its slots, apart from everything else.
 
     Args:
         plan: Which tokens these are.
@@ -128,14 +132,14 @@ def prefill_head_tokens(
         with_gradient: Whether gradients may flow.
 
     Returns:
-        Per layer keys and values `(batch_size, num_key_value_heads, num_head_tokens, head_dim)`; an empty list where
+        Per layer keys and values `(batch_size, num_key_value_heads, num_leading_tokens, head_dim)`; an empty list if
         there is no such token.
     """
-    if plan.heads.shape[1] == 0:
+    if plan.leading.shape[1] == 0:
         return []
     tokens = inputs.tokens
-    heads, mask = plan.heads.to(tokens.device), plan.is_head.to(tokens.device)
-    input_ids, position_ids = tokens.gather(1, heads), inputs.positions().gather(1, heads)
+    leading, mask = plan.leading.to(tokens.device), plan.is_leading.to(tokens.device)
+    input_ids, position_ids = tokens.gather(1, leading), inputs.positions().gather(1, leading)
     cache = full_length_cache()
     prefill(receiver, cache, input_ids, mask.long(), position_ids, with_gradient=with_gradient)
     return cached_states(cache)
@@ -148,10 +152,10 @@ def fill_memory_slots(
     sharers: Sequence[SharerInputs],
     rotations: Sequence[Sequence[Rotation]],
     inputs: ReceiverInputs,
-    head_states: LayerStates,
+    leading_states: LayerStates,
     dtype: torch.dtype,
 ) -> LayerStates:
-    """Compute the receiver's states at the slots, and put those of the tokens in front of them beside.
+    """Compute the receiver's states at the slots, and insert those of the tokens before the slots.
 
     Args:
         plan: Where the slots are.
@@ -160,7 +164,7 @@ def fill_memory_slots(
         sharers: The sharers' inputs.
         rotations: The rotary embedding of each receiver layer, then per sharer those of its layers.
         inputs: The receiver's inputs with position ids.
-        head_states: From [`prefill_head_tokens`].
+        leading_states: From [`prefill_leading_tokens`].
         dtype: Of the receiver.
 
     Returns:
@@ -187,8 +191,8 @@ def fill_memory_slots(
             for states, new in zip(layers[layer_idx], (keys, values), strict=True):
                 states.index_put_(where, new)
     filled = [(keys.transpose(1, 2).to(dtype), values.transpose(1, 2).to(dtype)) for keys, values in layers]
-    if head_states:
-        _place_head_states(plan, filled, head_states)
+    if leading_states:
+        _place_leading_states(plan, filled, leading_states)
     return filled
 
 
@@ -224,11 +228,11 @@ def _pick(position_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor)
     return position_ids[rows.to(position_ids.device), columns.to(position_ids.device)]
 
 
-def _place_head_states(plan: MemoryPlan, states: LayerStates, head_states: LayerStates) -> None:
-    """Put the states of head tokens at their columns, in place."""
-    rows, index = plan.is_head.nonzero(as_tuple=True)
-    columns = plan.heads[rows, index]
-    for pair, own in zip(states, head_states, strict=True):
+def _place_leading_states(plan: MemoryPlan, states: LayerStates, leading_states: LayerStates) -> None:
+    """Put the states of leading tokens at their columns, in place."""
+    rows, index = plan.is_leading.nonzero(as_tuple=True)
+    columns = plan.leading[rows, index]
+    for pair, own in zip(states, leading_states, strict=True):
         for whole, part in zip(pair, own, strict=True):
             tokens = part.transpose(1, 2)[rows.to(part.device), index.to(part.device)]
             target = (rows.to(whole.device), columns.to(whole.device))

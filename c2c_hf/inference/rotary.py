@@ -22,7 +22,7 @@ class Rotation:
 
     Attributes:
         inv_freq: `(num_pairs,)`, angle per position of each pair of dimensions; empty for keys without
-            rotary position. Dimensions behind the pairs stay as they are.
+            rotary position. Dimensions after the pairs stay as they are.
         scaling: Factor on the rotated dimensions.
         interleaved: Pairs are neighbours (0, 1), (2, 3), ...; else the first half goes with the second.
     """
@@ -54,7 +54,7 @@ class Rotation:
         angles = sign * positions.to(keys.device).float()[:, None] * self.inv_freq.to(keys.device).float()
         cos, sin = (angles.cos() * scaling).unsqueeze(1), (angles.sin() * scaling).unsqueeze(1)
         first, second = self._halves(keys)
-        # In place: there are many more keys than angles, and passes over them take the time.
+        # In place: memory traffic over the keys dominates.
         rotated = keys.to(torch.float32, copy=True)
         into_first, into_second = self._halves(rotated)
         into_first.mul_(cos).addcmul_(second.float(), sin, value=-1)

@@ -153,9 +153,18 @@ class SharerCache:
             cache.update(keys, values, layer_idx)
         return cls(input_ids, attention_mask, cache, source)
 
+    def copy(self) -> "SharerCache":
+        """Return a copy, whose changes leave this cache as it is."""
+        return replace(self, cache=copy_cache(self.cache))
+
     def repeat_interleave(self, repeats: int, dim: int = 0) -> "SharerCache":
-        """Return a copy with every row `repeats` times; this one stays as it is."""
-        copied = replace(self, cache=copy_cache(self.cache))
+        """Return a copy with every row `repeats` times, as tensors do it.
+
+        Args:
+            repeats: How often.
+            dim: 0, the batch dimension; `generate` passes it.
+        """
+        copied = self.copy()
         if repeats > 1:
             copied.select_rows(torch.arange(len(self.input_ids)).repeat_interleave(repeats, dim))
         return copied
@@ -177,7 +186,12 @@ class SharerCache:
         self.input_ids, self.attention_mask = self.input_ids[:, :length], self.attention_mask[:, :length]
 
     def common_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
-        """Return how many leading columns of a text are cached, alike in every row."""
+        """Return the number of leading positions of a text that are cached in every row.
+
+        Args:
+            input_ids: `(batch_size, seq_len)`.
+            attention_mask: `(batch_size, seq_len)`.
+        """
         if input_ids.shape[0] != self.input_ids.shape[0]:
             return 0
         length = min(self.input_ids.shape[1], input_ids.shape[1])

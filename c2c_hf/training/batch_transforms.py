@@ -49,7 +49,7 @@ def mismatch_sharers(batch: TrainingBatch) -> TrainingBatch:
     sharer_caches = None
     if batch.sharer_caches is not None:
         # Copies: the originals are used once more.
-        sharer_caches = [cache.repeat_interleave(1) for cache in batch.sharer_caches]
+        sharer_caches = [cache.copy() for cache in batch.sharer_caches]
         for cache in sharer_caches:
             cache.select_rows(torch.arange(len(cache.input_ids)).roll(-1))
     return replace(

@@ -373,7 +373,7 @@ def test_missing_models_are_refused() -> None:
         C2CForCausalLM(C2CConfig())
     with pytest.raises(ValueError, match="`sharers` must hold at least one model and as many as the configuration"):
         C2CForCausalLM(C2CConfig(receiver_config=CONFIGS["llama"]))
-    with pytest.raises(ValueError, match="`sharer_kwargs` must be one value, or one per sharer \(1\)"):
+    with pytest.raises(ValueError, match=r"`sharer_kwargs` must be one value, or one per sharer \(1\)"):
         C2CForCausalLM.from_receiver_and_sharers(tiny_model("llama"), tiny_model("qwen3"), sharer_kwargs=[{}, {}])
     with pytest.raises(
         ValueError, match="needs both tokenizers, but a loaded model without a name or path brings none"

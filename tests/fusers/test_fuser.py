@@ -135,7 +135,7 @@ def test_products_do_not_grow_with_layers_and_closed_gates_cost_nothing() -> Non
         assert count_products(fuser, receiver, sharer) == (calls, matrices // 2)
         with torch.no_grad():
             group.gate.gate_logit.fill_(-1.0)
-        assert not fuser.is_open()
+        assert not fuser.parts(5, torch.float32)
         assert count_products(fuser, receiver, sharer) == (0, 0)
     assert counts[0] == counts[1]
 
@@ -327,7 +327,7 @@ def test_autocast_at_inference() -> None:
 
 def test_a_new_fuser_is_closed() -> None:
     fuser = build_fuser(UNEQUAL, SHARER, {"fuser_hidden_size": 8, "fuser_intermediate_size": 8}).eval()
-    assert not fuser.is_open()
+    assert not fuser.parts(5, torch.float32)
     assert changes_of(fuser, states(SHARER), states(UNEQUAL)) == [None] * 6
 
 

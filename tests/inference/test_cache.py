@@ -109,7 +109,7 @@ def filled() -> C2CCache:
     """Two rows: a fused cache, clean states and a sharer's state, all of six positions."""
     cache = C2CCache()
     cache.update(numbered(0, 6), numbered(0, 6), 0)
-    cache.keep_clean().update(numbered(0, 6, shift=0.5), numbered(0, 6), 0)
+    cache.keep_unfused().update(numbered(0, 6, shift=0.5), numbered(0, 6), 0)
     shared = full_length_cache()
     shared.update(numbered(0, 6, shift=0.25), numbered(0, 6), 0)
     ids = torch.arange(12).view(2, 6)
@@ -120,7 +120,7 @@ def filled() -> C2CCache:
 def rows_of(cache: C2CCache) -> list[list[int]]:
     """Which row each part's rows were at first."""
     state = cache.sharer_caches[0]
-    parts = (cache.layers[0].keys, cache.clean_cache.layers[0].keys, state.cache.layers[0].keys)
+    parts = (cache.layers[0].keys, cache.unfused_cache.layers[0].keys, state.cache.layers[0].keys)
     found = [(part[:, 0, 0, 0] // 100).long().tolist() for part in parts]
     return [*found, (state.input_ids[:, 0] // 6).tolist()]
 
@@ -145,13 +145,13 @@ def test_crop_and_reset() -> None:
     cache = filled()
     cache.crop(-2)
     state = cache.sharer_caches[0]
-    lengths = (cache.get_seq_length(), cache.clean_cache.get_seq_length(), state.cache.get_seq_length())
+    lengths = (cache.get_seq_length(), cache.unfused_cache.get_seq_length(), state.cache.get_seq_length())
     assert lengths == (4, 4, 4)
     assert state.input_ids.tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
     cache.crop(0)
     assert cache.get_seq_length() == 4
     without_streams = filled()
-    without_streams.clean_cache = None
+    without_streams.unfused_cache = None
     without_streams.crop(-2)
     assert without_streams.sharer_caches[0].input_ids.shape == (2, 6), "a sharer's text is not the receiver's tokens"
     plain = DynamicCache()
@@ -160,7 +160,7 @@ def test_crop_and_reset() -> None:
         each.reset()
     assert cache.get_seq_length() == plain.get_seq_length()
     assert cache.sharer_caches == []
-    assert cache.clean_cache is None
+    assert cache.unfused_cache is None
 
 
 def test_a_copy_goes_its_own_way() -> None:
