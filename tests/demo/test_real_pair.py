@@ -1,4 +1,4 @@
-"""The real pair: SmolLM2-135M-Instruct receives from Gemma 3 270M, two real models of unlike everything."""
+"""The real pair: receiver SmolLM2-135M-Instruct and sharer Gemma 3 270M, unlike in every respect."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
 from c2c_hf._compat import CACHE_ARGUMENT
-from c2c_hf.demo.local_pair import questions
+from c2c_hf.demo import questions
 
 pytestmark = pytest.mark.real_pair
 
@@ -22,7 +22,7 @@ FLOAT32 = {"dtype": torch.float32}
 
 def prompts() -> list[str]:
     """Twenty: English, Chinese, code, emoji, and the demo's questions."""
-    path = Path(__file__).parent / "data" / "alignment" / "alignment.json"
+    path = Path(__file__).parents[1] / "data" / "alignment" / "alignment.json"
     texts = [item["prompt"] for item in json.loads(path.read_text(encoding="utf-8"))["items"]]
     return texts + [item["question"] for item in questions()]
 
@@ -31,7 +31,7 @@ def prompts() -> list[str]:
 def pair(real_pair: tuple[str, str]) -> tuple[C2CForCausalLM, C2CProcessor]:
     """An open fuser of random weights, strong enough to change every answer.
 
-    Not stronger: float32 noise of the real models' padding is 6.5e-5 by itself, and a fuser hands on what it gets.
+    Not stronger: padding alone changes the real models' float32 logits by 6.5e-5, and a fuser amplifies that.
     """
     torch.manual_seed(0)
     model = C2CForCausalLM.from_receiver_and_sharers(
@@ -59,7 +59,7 @@ def chat(text: str) -> list[dict[str, str]]:
 
 
 def test_closed_equals_the_receiver(closed: tuple[C2CForCausalLM, C2CProcessor]) -> None:
-    """Twenty prompts: logits bit for bit those of the receiver fed in the same chunks, and the same answers."""
+    """Twenty prompts: logits bit for bit those of the receiver run over the same chunks, and the same answers."""
     model, processor = closed
     texts = prompts()
     assert len(texts) == 20
@@ -80,7 +80,7 @@ def test_closed_equals_the_receiver(closed: tuple[C2CForCausalLM, C2CProcessor])
                 assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False), expected)
 
 
-def test_padded_rows_equal_rows_alone(pair: tuple[C2CForCausalLM, C2CProcessor]) -> None:
+def test_padded_rows_equal_single_rows(pair: tuple[C2CForCausalLM, C2CProcessor]) -> None:
     """Eight unequal chats in one batch, prefill and 32 decoded tokens; prefill with padding on the right as well."""
     model, processor = pair
     texts = [text[: 20 + 37 * index] for index, text in enumerate(prompts()[4:12])]
@@ -99,16 +99,16 @@ def test_padded_rows_equal_rows_alone(pair: tuple[C2CForCausalLM, C2CProcessor])
     for index, text in enumerate(texts):
         inputs = processor.apply_chat_template(chat(text))
         length = inputs["input_ids"].shape[1]
-        alone = model.generate(**inputs, **kwargs, output_logits=True, return_dict_in_generate=True)
-        assert torch.equal(together.sequences[index, -32:], alone.sequences[0, -32:])
+        single = model.generate(**inputs, **kwargs, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(together.sequences[index, -32:], single.sequences[0, -32:])
         batch_logits = torch.stack([step[index] for step in together.logits])
-        _assert_close(batch_logits, torch.stack([step[0] for step in alone.logits]))
+        _assert_close(batch_logits, torch.stack([step[0] for step in single.logits]))
         with torch.no_grad():
             logits = model(**inputs).logits[0]
         _assert_close(right_logits[index, :length], logits)
         with model.disable_fusion():
             plain = model.generate(**inputs, **kwargs)
-        changed += not torch.equal(plain, alone.sequences)
+        changed += not torch.equal(plain, single.sequences)
     assert changed == len(texts), "fusion changes nothing, so nothing was compared"
 
 
@@ -175,7 +175,7 @@ def test_other_base_models_are_refused(
         C2CForCausalLM.from_pretrained(tmp_path, receiver=other, dtype=torch.float32)
 
 
-def test_a_sharer_reads_past_its_window(pair: tuple[C2CForCausalLM, C2CProcessor]) -> None:
+def test_states_beyond_the_sliding_window_are_fused(pair: tuple[C2CForCausalLM, C2CProcessor]) -> None:
     """Gemma's sliding layers see 512 tokens; states of the earliest of 700 are still there to fuse."""
     model, processor = pair
     text = " ".join(f"Line {number} of the long report." for number in range(100))
