@@ -136,10 +136,5 @@ def test_evaluate(pair: tuple[str, str], data_dir: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["receiver", "sharer", "c2c", "mismatched", "pairing"]
-    assert lines[0].split()[1:] == lines[2].split()[1:], "an untrained fuser is shut"
+    assert lines[0].split()[1:] == lines[2].split()[1:], "the gates of an untrained fuser are closed"
     assert "pairing gain +0.0 points" in lines[-1]
-
-
-def test_examples_are_short() -> None:
-    for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path.name
