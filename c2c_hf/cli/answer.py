@@ -23,7 +23,7 @@ NoFusion = Annotated[bool, typer.Option("--no-fusion", help="Switch fusion off: 
 def demo(
     count: Annotated[int, typer.Option("--questions", metavar="N", min=1, help="How many questions.")] = 3,
     document: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 text that the sharer alone prefills.")
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text that only the sharer sees.")
     ] = None,
     questions: Annotated[
         list[str] | None, typer.Option("--question", metavar="TEXT", help="About the document; once per question.")

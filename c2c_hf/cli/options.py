@@ -1,7 +1,7 @@
 """Options that several commands share, and loading what they name."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
@@ -93,7 +93,7 @@ def load_model(
 
 
 def _untrained_pair(
-    receiver: str | None, sharers: list[str] | None, token_alignment: str | None, model_kwargs: dict[str, Any]
+    receiver: str | None, sharers: list[str] | None, token_alignment: str | None, model_kwargs: dict[str, str]
 ) -> "tuple[C2CForCausalLM, C2CProcessor]":
     from .. import C2CForCausalLM, C2CProcessor
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -119,7 +119,7 @@ def push(
     print(commit.pr_url or commit.commit_url)
 
 
-def _load_fields(path: Path) -> dict[str, Any]:
+def _load_fields(path: Path) -> dict[str, object]:
     import yaml
 
     try:
