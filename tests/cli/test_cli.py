@@ -153,7 +153,7 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert f"to {tmp_path / 'fuser'}." in printed.out
     assert "No processor saved, because the tokenizers could not be loaded" in printed.err
     model = C2CForCausalLM.from_pretrained(tmp_path / "fuser")
-    assert model.fuser[0].is_open()
+    assert model.fuser[0].parts(1, torch.float32)
 
 
 def test_convert_saves_a_processor_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
