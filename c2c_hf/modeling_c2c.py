@@ -33,10 +33,10 @@ from .alignment.token_table import build_token_table, own_bos_token_id, resolve_
 from .checkpoints.base_models import (
     AbsentSharer,
     BaseModel,
+    find_tokenizer,
     kwargs_per_sharer,
     load_base_model,
     load_base_models,
-    load_tokenizer,
     record_layer_shapes,
     resolve_revision,
     verify_weights,
@@ -53,6 +53,7 @@ from .checkpoints.receiver_adapter import (
 )
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import C2CConfig, SharerConfig
+from .fusers import build_fusers
 from .fusers.c2c import C2CFuser, FuserGroup
 from .fusers.memory import MemoryFuser
 from .hub.publish import publish_fuser
@@ -262,8 +263,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         self.receiver = receiver.requires_grad_(False).eval()
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
         record_layer_shapes(config, receiver, sharers)
-        fuser_class = MemoryFuser if config.mode == "memory" else C2CFuser
-        self.fuser = nn.ModuleList(fuser_class(config, sharer) for sharer in config.sharers)
+        self.fuser = nn.ModuleList(build_fusers(config))
         self.fuser.to(device=input_device(receiver))
         for index, alignment in enumerate(config.token_alignments):
             size = receiver.get_input_embeddings().weight.shape[0]
@@ -728,7 +728,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             for base, role, kwargs in zip([receiver, *bases], roles, all_kwargs, strict=True)
         ]
         models = [model for model, _, _ in loaded]
-        tokenizers = [load_tokenizer(name, kwargs) for (_, name, _), kwargs in zip(loaded, all_kwargs, strict=True)]
+        tokenizers = [find_tokenizer(name, kwargs) for (_, name, _), kwargs in zip(loaded, all_kwargs, strict=True)]
         if config_fields.get("mode") == "memory":
             token_alignment = token_alignment or "span"
         alignments = resolve_alignments(
@@ -999,26 +999,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             RuntimeError: The upload of a large file fails.
         """
         if processor is None:
-            processor = self._build_processor()
+            names = [self.config.receiver_name_or_path, *(sharer.name_or_path for sharer in self.config.sharers)]
+            if None in names:
+                raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
+            processor = C2CProcessor.from_config(self.config)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, with_code=with_code, max_shard_size=max_shard_size)
             processor.save_pretrained(folder, with_code=with_code)
             tags = [tags] if isinstance(tags, str) else tags or ()
             return publish_fuser(folder, repo_id, tags=tags, **kwargs)
-
-    def _build_processor(self) -> C2CProcessor:
-        """Build the processor from the recorded names of the base models."""
-        names = [self.config.receiver_name_or_path, *(sharer.name_or_path for sharer in self.config.sharers)]
-        found = [name for name in names if name is not None]
-        if len(found) < len(names):
-            raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
-        return C2CProcessor.from_receiver_and_sharers(
-            found[0],
-            found[1:],
-            self.config.token_alignments,
-            mode=self.config.mode,
-            memory_sink_tokens=self.config.memory_sink_tokens,
-        )
 
 
 def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
@@ -22,10 +22,10 @@ from .alignment.padding import BatchLayout, pad_token_id
 from .alignment.report import AlignmentReport, alignment_report
 from .alignment.spans import Segment, align_spans
 from .alignment.token_table import apply_token_table, build_token_table, own_bos_token_id, resolve_alignments
-from .checkpoints.base_models import TOKENIZER_KWARGS, WITHOUT_CODE
+from .checkpoints.base_models import TOKENIZER_KWARGS, load_tokenizer
 from .checkpoints.download import HUB_KWARGS, fetch_folder
 from .checkpoints.remote_code import write_code
-from .configuration_c2c import MODES, check_choice, one_per_sharer
+from .configuration_c2c import MODES, C2CConfig, check_choice, one_per_sharer
 from .inference.fingerprints import tokenizer_hash
 
 #: Arguments of the constructor that are saved in `processor_config.json`.
@@ -93,14 +93,13 @@ class Row(NamedTuple):
     sharers: list[SharerRow]
 
 
-def _load_tokenizer(
+def _as_tokenizer(
     name: str | os.PathLike | PreTrainedTokenizerBase, model_kwargs: Mapping[str, Any]
 ) -> PreTrainedTokenizerBase:
-    """Load a base model's tokenizer with those of the model's arguments that concern it; a loaded one is returned."""
+    """Load a base model's tokenizer, or return a loaded one."""
     if isinstance(name, PreTrainedTokenizerBase):
         return name
-    kwargs = {key: value for key, value in model_kwargs.items() if key in TOKENIZER_KWARGS}
-    return AutoTokenizer.from_pretrained(name, **{**WITHOUT_CODE, **kwargs})
+    return load_tokenizer(name, model_kwargs)
 
 
 def _prefix(context: str) -> str:
@@ -232,9 +231,45 @@ class C2CProcessor(ProcessorMixin):
         names = [sharers] if isinstance(sharers, str | os.PathLike | PreTrainedTokenizerBase) else list(sharers)
         all_kwargs = [receiver_kwargs, *one_per_sharer("sharer_kwargs", sharer_kwargs, len(names))]
         tokenizers = [
-            _load_tokenizer(name, kwargs or {}) for name, kwargs in zip([receiver, *names], all_kwargs, strict=True)
+            _as_tokenizer(name, kwargs or {}) for name, kwargs in zip([receiver, *names], all_kwargs, strict=True)
         ]
         return cls(tokenizers[0], tokenizers[1:], token_alignment, **processor_kwargs)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: C2CConfig,
+        receiver: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        sharers: str
+        | os.PathLike
+        | PreTrainedTokenizerBase
+        | Sequence[str | os.PathLike | PreTrainedTokenizerBase]
+        | None = None,
+    ) -> C2CProcessor:
+        """Build the processor of a model with this configuration.
+
+        Args:
+            config: Records names, alignments, mode and the tokens in front of the slots.
+            receiver: Id, folder or tokenizer of the receiver. `None`: the recorded name.
+            sharers: The same, one or several. `None`: the recorded names.
+
+        Raises:
+            ValueError: A name is neither recorded nor given, and as the constructor.
+        """
+        receiver = config.receiver_name_or_path if receiver is None else receiver
+        if sharers is None:
+            sharers = [sharer.name_or_path for sharer in config.sharers if sharer.name_or_path is not None]
+            if len(sharers) < config.num_sharers:
+                raise ValueError("`sharers` must be given: the configuration records no name for one of them.")
+        if receiver is None:
+            raise ValueError("`receiver` must be given: the configuration records no name for it.")
+        return cls.from_receiver_and_sharers(
+            receiver,
+            sharers,
+            config.token_alignments,
+            mode=config.mode,
+            memory_sink_tokens=config.memory_sink_tokens,
+        )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -599,7 +634,7 @@ class C2CProcessor(ProcessorMixin):
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         folder = fetch_folder(name, _FILES, hub)
         config, _ = cls.get_processor_dict(folder)
-        tokenizer_kwargs = {**WITHOUT_CODE, **{key: kwargs.pop(key) for key in TOKENIZER_KWARGS if key in kwargs}}
+        tokenizer_kwargs = {key: kwargs.pop(key) for key in TOKENIZER_KWARGS if key in kwargs}
         if unexpected := [key for key in kwargs if key not in _FIELDS and not key.startswith("_")]:
             raise TypeError(f"`from_pretrained` got unknown arguments: {', '.join(map(repr, unexpected))}.")
         if not isinstance(config.get("num_sharers"), int):
@@ -613,7 +648,7 @@ class C2CProcessor(ProcessorMixin):
             folders.append(folder / f"sharer_{index}")
             if not folders[-1].is_dir():
                 raise ValueError(f"`{name}` lacks the sharer's tokenizer folder `{folders[-1].name}`.")
-        tokenizers = [AutoTokenizer.from_pretrained(place, **tokenizer_kwargs) for place in folders]
+        tokenizers = [load_tokenizer(place, tokenizer_kwargs) for place in folders]
         saved_hashes = config.get("tokenizer_hashes") or [None] * len(folders)
         for place, tokenizer, saved in zip(folders, tokenizers, saved_hashes, strict=False):
             if saved is not None and tokenizer_hash(tokenizer) != saved:

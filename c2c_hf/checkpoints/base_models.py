@@ -1,8 +1,9 @@
 """Base models and their tokenizers: loading, and the checks that they belong to a fuser."""
 
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -212,18 +213,28 @@ def verify_weights(
             role,
             model.name_or_path,
         )
-        tokenizer = load_tokenizer(model.name_or_path or None, kwargs) if expected_hash is not None else None
+        tokenizer = find_tokenizer(model.name_or_path or None, kwargs) if expected_hash is not None else None
         if tokenizer is not None:
             check_base_model(role, "vocabulary hash", expected_hash, tokenizer_hash(tokenizer), VERIFY_HINT)
 
 
-def load_tokenizer(name: str | None, model_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer beside a base model; `None` where there is none."""
+def load_tokenizer(name: str | os.PathLike[str], model_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Load a base model's tokenizer.
+
+    Args:
+        name: Hub id or folder.
+        model_kwargs: Arguments of the model; those that concern weights are ignored.
+    """
+    kwargs = {key: value for key, value in model_kwargs.items() if key in TOKENIZER_KWARGS}
+    return AutoTokenizer.from_pretrained(name, **{**WITHOUT_CODE, **kwargs})
+
+
+def find_tokenizer(name: str | None, model_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """Load a base model's tokenizer, see [`load_tokenizer`]; `None` where there is none."""
     if name is None:
         return None
-    kwargs = {key: value for key, value in model_kwargs.items() if key in TOKENIZER_KWARGS}
     try:
-        return AutoTokenizer.from_pretrained(name, **{**WITHOUT_CODE, **kwargs})
+        return load_tokenizer(name, model_kwargs)
     except (OSError, ValueError):
         # A model without a tokenizer serves as long as no alignment needs one, which is checked there.
         return None

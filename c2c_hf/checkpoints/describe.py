@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration_c2c import C2CConfig, SharerConfig
+from ..fusers import build_fusers
 from ..fusers.c2c import C2CFuser
 from ..fusers.memory import MemoryFuser
 from .base_models import summarize_shapes
@@ -93,10 +94,9 @@ def readable_size(num_bytes: int) -> str:
 
 
 def _load_fusers(config: C2CConfig, weights: Mapping[str, torch.Tensor]) -> list[C2CFuser | MemoryFuser]:
-    fuser_class = MemoryFuser if config.mode == "memory" else C2CFuser
     # On the meta device nothing is allocated, whatever sizes the configuration names.
     with torch.device("meta"):
-        fusers = [fuser_class(config, sharer) for sharer in config.sharers]
+        fusers = build_fusers(config)
     found = {name: value for name, value in weights.items() if name.startswith("fuser.")}
     expected: dict[str, torch.Tensor] = {}
     for index, fuser in enumerate(fusers):

@@ -59,14 +59,12 @@ def generate(
 ) -> None:
     """Answer prompts with a saved fuser or an untrained pair."""
     c2c, processor = load_model(model, receiver, sharers, token_alignment, dtype, device)
+
+    from ..demo.compare import encode_question
+
     with c2c.disable_fusion() if no_fusion else nullcontext():
         for prompt in prompts:
-            if plain or processor.tokenizer.chat_template is None:
-                inputs = processor(prompt, sharer_context=context, return_tensors="pt")
-            else:
-                messages = [{"role": "user", "content": prompt}]
-                inputs = processor.apply_chat_template(messages, sharer_context=context)
-            inputs = inputs.to(c2c.device)
+            inputs = encode_question(processor, prompt, plain, context).to(c2c.device)
             out = c2c.generate(**inputs, max_new_tokens=max_new_tokens)
             print(processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 

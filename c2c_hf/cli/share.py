@@ -40,11 +40,8 @@ def convert(
     model.save_pretrained(output)
     num_weights = sum(parameter.numel() for parameter in model.fuser.parameters())
     print(f"Saved a fuser of {num_weights:,} weights to {output}.")
-    config = model.config
     try:
-        processor = C2CProcessor.from_receiver_and_sharers(
-            config.receiver_name_or_path, [sharer.name_or_path for sharer in config.sharers], config.token_alignments
-        )
+        processor = C2CProcessor.from_config(model.config)
     except (OSError, ValueError) as error:
         print(f"No processor saved, because the tokenizers could not be loaded: {error}", file=sys.stderr)
         return

@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..inference.sharer_cache import SharerCache
 from ..modeling_c2c import C2CForCausalLM
@@ -23,6 +24,22 @@ class Answer:
 
     text: str
     seconds: float
+
+
+def encode_question(
+    processor: C2CProcessor, question: str, plain: bool = False, sharer_context: str | None = None
+) -> BatchFeature:
+    """Tokenize a user's message for all models.
+
+    Args:
+        processor: Of the pair.
+        question: The message.
+        plain: Take it as plain text, without chat templates, as a receiver without one does anyway.
+        sharer_context: Text that only the sharers see.
+    """
+    if plain or processor.tokenizer.chat_template is None:
+        return processor(question, sharer_context=sharer_context)
+    return cast(BatchFeature, processor.apply_chat_template([_user(question)], sharer_context=sharer_context))
 
 
 def answer_with_fusion(
@@ -45,11 +62,7 @@ def answer_with_fusion(
         sharer_context: Text that only the sharers see.
         sharer_cache: The sharer's cache of the context, see [`prefill_document`]. `None`: it prefills here.
     """
-    if plain or processor.tokenizer.chat_template is None:
-        inputs = processor(question, sharer_context=sharer_context, return_tensors="pt")
-    else:
-        inputs = processor.apply_chat_template([_user(question)], sharer_context=sharer_context)
-    inputs = inputs.to(model.device)
+    inputs = encode_question(processor, question, plain, sharer_context).to(model.device)
     out = model.generate(**inputs, sharer_caches=sharer_cache, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -76,14 +76,7 @@ def from_pretrained(
         receiver, sharers = receiver or pair[0], sharers or pair[1]
     folder = shipped_fuser(name_or_path)
     model = C2CForCausalLM.from_pretrained(folder, receiver=receiver, sharers=sharers, **model_kwargs)
-    processor = C2CProcessor.from_receiver_and_sharers(
-        receiver,
-        sharers,
-        model.config.token_alignments,
-        mode=model.config.mode,
-        memory_sink_tokens=model.config.memory_sink_tokens,
-    )
-    return model, processor
+    return model, C2CProcessor.from_config(model.config, receiver, sharers)
 
 
 def questions() -> list[Question]:

@@ -539,3 +539,32 @@ def test_alone_is_the_receiver() -> None:
         alone = model(input_ids=ids).logits
     assert torch.equal(alone, model.receiver(input_ids=ids).logits)
     assert not torch.allclose(alone[:, -1], model(input_ids=ids).logits[:, -1], atol=1e-2)
+
+
+def test_saving_hands_every_argument_of_push_to_hub_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: dict = {}
+
+    def publish(folder: str, repo_id: str, **kwargs: object) -> None:
+        pushed.update(repo_id=repo_id, files=sorted(path.name for path in Path(folder).iterdir()), **kwargs)
+
+    monkeypatch.setattr("c2c_hf.modeling_c2c.publish_fuser", publish)
+    tokenizer = byte_level_tokenizer()
+    options = {"tags": "chat", "subfolder": "small", "license": "mit", "datasets": ["me/data"], "private": True}
+    tiny_c2c().save_pretrained(
+        tmp_path / "fuser",
+        push_to_hub=True,
+        repo_id="me/fuser",
+        processor=C2CProcessor(tokenizer, tokenizer),
+        receiver="me/receiver",
+        sharers=["me/sharer"],
+        **options,
+    )
+    assert {"config.json", "model.safetensors", "processor_config.json"} <= set(pushed.pop("files"))
+    expected = {
+        "repo_id": "me/fuser",
+        "receiver": "me/receiver",
+        "sharers": ["me/sharer"],
+        **options,
+        "tags": ["chat"],
+    }
+    assert pushed == expected

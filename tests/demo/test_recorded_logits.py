@@ -35,13 +35,7 @@ RECORDED = {
 def test_logits_are_those_recorded(name: str, question: str, context: str | None, real_pair: tuple[str, str]) -> None:
     receiver, sharer = real_pair
     model = C2CForCausalLM.from_pretrained(shipped_fuser(name), receiver=receiver, sharers=sharer, dtype=torch.float32)
-    processor = C2CProcessor.from_receiver_and_sharers(
-        receiver,
-        sharer,
-        model.config.token_alignments,
-        mode=model.config.mode,
-        memory_sink_tokens=model.config.memory_sink_tokens,
-    )
+    processor = C2CProcessor.from_config(model.config, receiver, sharer)
     inputs = processor.apply_chat_template([{"role": "user", "content": question}], sharer_context=context)
     logits = model(**inputs).logits
     largest, (mean, deviation) = RECORDED[name, question, context]

@@ -202,3 +202,14 @@ def test_loading_something_else(tmp_path: Path) -> None:
     (tmp_path / "sharer_0").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match="lacks the sharer's tokenizer folder `sharer_0`"):
         C2CProcessor.from_pretrained(tmp_path)
+
+
+def test_built_from_a_configuration() -> None:
+    sharers = [SharerConfig(token_alignment="span")]
+    config = C2CConfig(mode="memory", memory_sink_tokens=2, sharers=sharers)
+    p = C2CProcessor.from_config(config, byte_level_tokenizer(), sharer_tokenizer())
+    assert (p.mode, p.memory_sink_tokens, p.token_alignments) == ("memory", 2, ["span"])
+    with pytest.raises(ValueError, match="`receiver` must be given"):
+        C2CProcessor.from_config(config, sharers=sharer_tokenizer())
+    with pytest.raises(ValueError, match="`sharers` must be given"):
+        C2CProcessor.from_config(config, byte_level_tokenizer())
