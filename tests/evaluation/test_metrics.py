@@ -93,8 +93,8 @@ def test_gap_recovered(fused: float, receiver: float, sharer: float, expected: f
 
 
 def test_every_folder_is_a_metric() -> None:
-    assert set(metrics.NAMES) == CASES.keys()
-    for name in metrics.NAMES:
+    assert set(metrics.METRICS) == CASES.keys()
+    for name in metrics.METRICS:
         assert (metrics.FOLDER / name / f"{name}.py").is_file()
     with pytest.raises(ValueError, match=re.escape("`name` must be one of ['accuracy', ") + ".*but got 'bleu'"):
         metrics.load("bleu")
