@@ -10,6 +10,7 @@ LAYER_ALIGNMENTS = ("terminal", "depth_normalized")
 TOKEN_ALIGNMENTS = ("identity", "first", "longest", "span")
 MODES = ("fusion", "memory")
 FUSION_MODES = ("parallel", "sequential")
+MEMORY_GRIDS = ("receiver", "sharer")
 FUSER_TYPES = ("c2c",)
 FUSER_INITIALIZATIONS = ("closed_gates", "zero_output")
 
@@ -84,6 +85,8 @@ class SharerConfig:
         fuser_intermediate_size: Width inside the fuser's feed-forward blocks.
         num_fuser_layers: Depth of the fuser, input projection included; at least 2.
         fuser_dropout: Dropout in the feed-forward blocks while training.
+        memory_source_layers: In memory mode, per receiver layer the layers of this sharer from which its slots are
+            computed, as [`~fitting.ridge.fit_ridge`] chooses them. `None`: neighbours around its relative depth.
         rotations: How the keys of each layer turn with their position, recorded for memory fusers, so that the cache
             of a sharer that runs elsewhere can be used; see [`~inference.rotary.describe_rotations`]. `None`: measured
             on the model.
@@ -104,6 +107,7 @@ class SharerConfig:
     fuser_intermediate_size: int = 1024
     num_fuser_layers: int = 3
     fuser_dropout: float = 0.1
+    memory_source_layers: list[list[int]] | None = None
     rotations: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -136,7 +140,7 @@ SHARER_FIELDS = (
 )
 _MEASURED_FIELDS = (
     *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint", "sharers"),
-    *("receiver_layer_shapes", "receiver_tokenizer_hash"),
+    *("receiver_layer_shapes", "receiver_embedding_size", "receiver_tokenizer_hash"),
 )
 
 
@@ -152,6 +156,7 @@ class C2CConfig(PreTrainedConfig):
         receiver_config: Nested configuration of the receiver, or its dictionary.
         receiver_layer_shapes: Per cached receiver layer `[num_key_value_heads, key head_dim, value head_dim]`,
             measured on the model when the fuser is built and compared when it is loaded again.
+        receiver_embedding_size: Width of the receiver's token embeddings, measured likewise.
         receiver_fingerprint: Short hash of the receiver's weights, compared on loading. `None`: not compared.
         receiver_tokenizer_hash: Short hash of the receiver's vocabulary, compared where weights cannot be.
         sharers: One [`SharerConfig`] per sharer, or their dictionaries, in order.
@@ -169,13 +174,15 @@ class C2CConfig(PreTrainedConfig):
             own states, `"sequential"` hands each fuser the output of the one before it.
         fuse_response: Keep fusing for answer tokens. Costs one more forward pass of the receiver and one of each
             sharer per token, and needs a token-by-token alignment (all but `"span"`).
-        memory_source_layers: Number of sharer layers, around its relative depth, from which each receiver layer's
-            slots are computed.
-        memory_sink_tokens: Number of the receiver's own tokens in front of the slots, its attention sink.
-        memory_rank: Width of the bottleneck of the maps. `None`: full rank.
-        memory_shared_bottleneck: All receiver layers share one bottleneck of `memory_rank`, computed from all sharer
-            layers (`memory_source_layers` is not used then): far fewer weights for the same rank.
-        memory_hidden_size: Width of the residual network beside the maps. 0: none.
+        memory_grid: Which tokens of a sharer-only context have slots. `"receiver"`: the receiver's own, in front of
+            the prompt as if it prefilled the context; each is filled from the first sharer token that ends at or after
+            it. `"sharer"`: the sharer's, behind the prompt's first `memory_sink_tokens`.
+        memory_token_embeddings: On the receiver's grid, the fuser gets the receiver's embedding of each slot's token
+            beside the sharer's states.
+        memory_sink_tokens: Number of the prompt's first tokens, its attention sink, that the receiver always computes.
+        memory_source_layers: Number of sharer layers from which each receiver layer's slots are computed.
+        memory_rank: Width of the bottleneck of each layer's map. `None`: full rank.
+        memory_hidden_size: Width of the residual network beside each layer's map. 0: none.
 
     Raises:
         ValueError: For an unknown value, naming the field, the value and what is allowed.
@@ -187,6 +194,7 @@ class C2CConfig(PreTrainedConfig):
     receiver_revision: str | None = None
     receiver_config: PreTrainedConfig | dict[str, Any] | None = None
     receiver_layer_shapes: list[list[int]] | None = None
+    receiver_embedding_size: int | None = None
     receiver_fingerprint: str | None = None
     receiver_tokenizer_hash: str | None = None
     sharers: list[SharerConfig] = dataclasses.field(default_factory=list)
@@ -198,10 +206,11 @@ class C2CConfig(PreTrainedConfig):
     layer_alignment: str = "terminal"
     fusion_mode: str = "parallel"
     fuse_response: bool = False
-    memory_source_layers: int = 3
+    memory_grid: str = "receiver"
+    memory_token_embeddings: bool = True
     memory_sink_tokens: int = 1
+    memory_source_layers: int = 3
     memory_rank: int | None = None
-    memory_shared_bottleneck: bool = False
     memory_hidden_size: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -222,6 +231,7 @@ class C2CConfig(PreTrainedConfig):
             ("layer_alignment", LAYER_ALIGNMENTS),
             ("mode", MODES),
             ("fusion_mode", FUSION_MODES),
+            ("memory_grid", MEMORY_GRIDS),
         ):
             check_choice(field, getattr(self, field), allowed)
         alignments = []
@@ -242,8 +252,6 @@ class C2CConfig(PreTrainedConfig):
             _check_integer(field, getattr(self, field), smallest)
         if self.memory_rank is not None:
             _check_integer("memory_rank", self.memory_rank, 1)
-        elif self.memory_shared_bottleneck:
-            raise ValueError("`memory_shared_bottleneck` needs `memory_rank`, its width, but that is None.")
         for field in ("initial_gate_temperature", "final_gate_temperature"):
             if not isinstance(getattr(self, field), float | int):
                 raise ValueError(f"`{field}` must be a number, but got {getattr(self, field)!r}.")

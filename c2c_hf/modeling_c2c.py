@@ -263,6 +263,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         self.receiver = receiver.requires_grad_(False).eval()
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
         record_layer_shapes(config, receiver, sharers)
+        config.receiver_embedding_size = receiver.get_input_embeddings().weight.shape[1]
         self.fuser = nn.ModuleList(build_fusers(config))
         self.fuser.to(device=input_device(receiver))
         for index, alignment in enumerate(config.token_alignments):
@@ -379,7 +380,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(plan, MemoryPlan):
             memory_fusers = cast(Sequence[MemoryFuser], self.fuser)
             states = fill_memory_slots(
-                plan, memory_fusers, caches, sharers, self.rotations(), inputs, states, self.receiver.dtype
+                plan,
+                memory_fusers,
+                caches,
+                sharers,
+                self.rotations(),
+                inputs,
+                self.get_input_embeddings(),
+                states,
+                self.receiver.dtype,
             )
         else:
             fusers = cast(Sequence[C2CFuser], self.fuser)

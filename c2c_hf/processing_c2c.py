@@ -20,16 +20,24 @@ from ._files import staged_folder
 from .alignment.chat_template import Message, RenderedChat, chat_segments, plain_messages
 from .alignment.padding import BatchLayout, pad_token_id
 from .alignment.report import AlignmentReport, alignment_report
-from .alignment.spans import Segment, align_spans
+from .alignment.spans import Segment, align_slots, align_spans
 from .alignment.token_table import apply_token_table, build_token_table, own_bos_token_id, resolve_alignments
 from .checkpoints.base_models import TOKENIZER_KWARGS, load_tokenizer
 from .checkpoints.download import HUB_KWARGS, fetch_folder
 from .checkpoints.remote_code import write_code
-from .configuration_c2c import MODES, C2CConfig, check_choice, one_per_sharer
+from .configuration_c2c import MEMORY_GRIDS, MODES, C2CConfig, check_choice, one_per_sharer
 from .inference.fingerprints import tokenizer_hash
 
 #: Arguments of the constructor that are saved in `processor_config.json`.
-_FIELDS = ("token_alignment", "add_sharer_bos", "mode", "memory_sink_tokens", "unknown", "partial_characters")
+_FIELDS = (
+    "token_alignment",
+    "add_sharer_bos",
+    "mode",
+    "memory_grid",
+    "memory_sink_tokens",
+    "unknown",
+    "partial_characters",
+)
 #: Files of a saved processor, as patterns for the download.
 _FILES = (
     *(PROCESSOR_NAME, "*token*", "vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates/*"),
@@ -60,11 +68,13 @@ class Prompt(NamedTuple):
         context: Text that only the sharers see, `""` for none.
         sharer_text: Sharer index -> the text of that sharer, context included, and the runs of characters that it
             shares with the receiver's.
+        context_start: Returns the character of `text` in front of which the context would go.
     """
 
     text: str
     context: str
     sharer_text: Callable[[int], tuple[str, list[Segment]]]
+    context_start: Callable[[], int]
 
 
 class SharerRow(NamedTuple):
@@ -113,6 +123,11 @@ def _text_for_sharer(text: str, context: str, sharer_index: int) -> tuple[str, l
     return prefix + text, [(0, len(prefix), len(text))]
 
 
+def _context_start(text: str, bos_token: str | None) -> int:
+    """Return the character of a plain text in front of which a context goes: the first one behind the BOS."""
+    return len(bos_token) if bos_token is not None and text.startswith(bos_token) else 0
+
+
 def _table_row(table: torch.Tensor, receiver_ids: list[int], bos_token_id: int | None) -> SharerRow:
     """Map the receiver's tokens to a sharer's one by one."""
     # `torch.tensor` is many times slower on a long list.
@@ -146,7 +161,8 @@ class C2CProcessor(ProcessorMixin):
         add_sharer_bos: Give each sharer the BOS that its own tokenizer adds. Off: none, as in the reference.
         mode: How `sharer_context` reaches the receiver, see [`C2CConfig`]: `"fusion"`, or `"memory"`, where the prompt
             gets one slot per context token.
-        memory_sink_tokens: Number of the prompt's first tokens, in front of the slots.
+        memory_grid: Whose tokens of the context have slots, see [`C2CConfig`].
+        memory_sink_tokens: Number of the prompt's first tokens that are never slots.
         unknown: Of the token tables, see [`~alignment.token_table.build_token_table`].
         partial_characters: Of the token tables as well.
         chat_template: Replaces the receiver's chat template.
@@ -164,6 +180,7 @@ class C2CProcessor(ProcessorMixin):
         token_alignment: str | Sequence[str] | None = None,
         add_sharer_bos: bool = True,
         mode: str = "fusion",
+        memory_grid: str = "receiver",
         memory_sink_tokens: int = 1,
         unknown: str = "skip",
         partial_characters: str = "skip",
@@ -180,6 +197,7 @@ class C2CProcessor(ProcessorMixin):
         check_choice("unknown", unknown, ("skip", "unk"))
         check_choice("partial_characters", partial_characters, ("skip", "replace"))
         check_choice("mode", mode, MODES)
+        check_choice("memory_grid", memory_grid, MEMORY_GRIDS)
         if mode == "memory" and token_alignment is None:
             token_alignment = "span"
         self.token_alignments = resolve_alignments(token_alignment, [tokenizer, *sharers])
@@ -196,6 +214,7 @@ class C2CProcessor(ProcessorMixin):
         self.sharer_tokenizers = sharers
         self.add_sharer_bos = add_sharer_bos
         self.mode = mode
+        self.memory_grid = memory_grid
         self.memory_sink_tokens = memory_sink_tokens
         self.unknown = unknown
         self.partial_characters = partial_characters
@@ -249,7 +268,7 @@ class C2CProcessor(ProcessorMixin):
         """Build the processor of a model with this configuration.
 
         Args:
-            config: Records names, alignments, mode and the tokens in front of the slots.
+            config: Records names, alignments, mode and the grid of the slots.
             receiver: Id, folder or tokenizer of the receiver. `None`: the recorded name.
             sharers: The same, one or several. `None`: the recorded names.
 
@@ -268,6 +287,7 @@ class C2CProcessor(ProcessorMixin):
             sharers,
             config.token_alignments,
             mode=config.mode,
+            memory_grid=config.memory_grid,
             memory_sink_tokens=config.memory_sink_tokens,
         )
 
@@ -296,14 +316,6 @@ class C2CProcessor(ProcessorMixin):
                 for sharer, alignment in zip(self.sharer_tokenizers, self.token_alignments, strict=True)
             ]
         return self._token_tables
-
-    def sink_ids(self) -> list[int]:
-        """Return the tokens in front of the memory slots: the first ones of the receiver's chats, else its BOS."""
-        if self.chat_template is not None:
-            text = str(self.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"][: self.memory_sink_tokens]
-        bos = self.tokenizer.bos_token_id
-        return [] if bos is None or not self.memory_sink_tokens else [bos]
 
     def alignment_report(self, texts: Sequence[str], sharer_index: int = 0) -> AlignmentReport:
         """Measure one sharer's alignment on plain texts, see [`~alignment.report.alignment_report`]."""
@@ -341,7 +353,8 @@ class C2CProcessor(ProcessorMixin):
             `input_ids` and `attention_mask`, `(batch_size, seq_len)`; `sharer_input_ids` and `sharer_attention_mask`,
             `(batch_size, sharer_seq_len)`; `sharer_alignment`, `(batch_size, seq_len)`, the sharer position with which
             each receiver position is aligned or -1. With several sharers the last three are lists. In memory mode the
-            prompt contains the slots: the alignment names the sharer token that fills each, and is -1 elsewhere.
+            prompt contains the slots: the alignment names the sharer token that fills each, and is -1 elsewhere. On
+            the receiver's grid `input_ids` has the context's tokens there, which the receiver does not compute.
 
         Raises:
             ValueError: For an empty list or text, contexts that do not fit, or lengths no tensor can hold.
@@ -352,7 +365,9 @@ class C2CProcessor(ProcessorMixin):
         layout = BatchLayout(padding, truncation, max_length, pad_to_multiple_of, return_tensors)
         contexts = self._check_contexts(sharer_context, len(texts), "text")
         prompts = [
-            Prompt(t, context, partial(_text_for_sharer, t, context))
+            Prompt(
+                t, context, partial(_text_for_sharer, t, context), partial(_context_start, t, self.tokenizer.bos_token)
+            )
             for t, context in zip(texts, contexts, strict=True)
         ]
         return self._make_batch(prompts, layout, add_special_tokens, add_sharer_bos, isinstance(text, str))
@@ -429,7 +444,7 @@ class C2CProcessor(ProcessorMixin):
             return chat.text, chat_segments(receiver_chat.spans, chat.spans)
 
         prompts = [
-            Prompt(chat.text, context, partial(sharer_text, messages, context, chat))
+            Prompt(chat.text, context, partial(sharer_text, messages, context, chat), chat.context_start)
             for messages, context, chat in zip(chats, contexts, rendered, strict=True)
         ]
         batch = self._make_batch(prompts, layout, False, add_sharer_bos, single)
@@ -465,7 +480,9 @@ class C2CProcessor(ProcessorMixin):
         receiver = [self._tokenize(self.tokenizer, prompt.text, add_special_tokens, layout) for prompt in prompts]
         layout.check_rows([tokens.ids for tokens in receiver])
         add_bos = self.add_sharer_bos if add_sharer_bos is None else add_sharer_bos
-        make_row = self._memory_row if self.mode == "memory" else self._fusion_row
+        make_row = self._fusion_row
+        if self.mode == "memory":
+            make_row = self._receiver_grid_row if self.memory_grid == "receiver" else self._sharer_grid_row
         rows = [make_row(prompt, tokens, add_bos, layout) for prompt, tokens in zip(prompts, receiver, strict=True)]
         return self._pad_rows(rows, layout, single)
 
@@ -510,7 +527,36 @@ class C2CProcessor(ProcessorMixin):
             sharers.append(row)
         return Row(receiver.ids, sharers)
 
-    def _memory_row(self, prompt: Prompt, receiver: Tokens, add_bos: bool, layout: BatchLayout) -> Row:
+    def _receiver_grid_row(self, prompt: Prompt, receiver: Tokens, add_bos: bool, layout: BatchLayout) -> Row:
+        """Put the receiver's tokens of the context, as slots, where its prompt would have them, once per sharer.
+
+        They are the same in front of every prompt, since they are tokenized by themselves.
+        """
+        if not prompt.context:
+            return Row(
+                receiver.ids, [SharerRow([], [], np.full(len(receiver.ids), -1)) for _ in self.sharer_tokenizers]
+            )
+        text, start = _prefix(prompt.context), prompt.context_start()
+        num_before = next((i for i, (_, end) in enumerate(receiver.offsets) if end > start), len(receiver.ids))
+        own = self._tokenize(self.tokenizer, text, False, layout)
+        ids, parts = receiver.ids[:num_before], []
+        for tokenizer in self.sharer_tokenizers:
+            tokens = self._tokenize(tokenizer, text, add_bos, layout)
+            aligned = align_slots(own.offsets, tokens.offsets)
+            # Those of which the sharer, by truncation, has nothing are left out.
+            kept = np.flatnonzero(aligned >= 0)
+            parts.append((tokens.ids, aligned[kept], len(ids)))
+            ids = ids + [own.ids[i] for i in kept]
+        ids = ids + receiver.ids[num_before:]
+        sharers = []
+        for sharer_ids, aligned, first in parts:
+            alignment = np.full(len(ids), -1, dtype=np.int64)
+            alignment[first : first + len(aligned)] = aligned
+            alignment[: self.memory_sink_tokens] = -1
+            sharers.append(SharerRow(sharer_ids, [1] * len(sharer_ids), alignment))
+        return Row(ids, sharers)
+
+    def _sharer_grid_row(self, prompt: Prompt, receiver: Tokens, add_bos: bool, layout: BatchLayout) -> Row:
         """Put slots for the context between the prompt's first tokens and the others, one sharer's after another's."""
         contexts = [
             self._tokenize(tokenizer, prompt.context, add_bos, layout) if prompt.context else Tokens([], [])
@@ -566,6 +612,7 @@ class C2CProcessor(ProcessorMixin):
             "token_alignment": list(self.token_alignments),
             "add_sharer_bos": self.add_sharer_bos,
             "mode": self.mode,
+            "memory_grid": self.memory_grid,
             "memory_sink_tokens": self.memory_sink_tokens,
             "unknown": self.unknown,
             "partial_characters": self.partial_characters,

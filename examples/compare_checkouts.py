@@ -102,9 +102,11 @@ def build_prefill(setting: Setting, pair: str, hidden_size: int, device: str) ->
         models = [AutoModelForCausalLM.from_config(config, dtype=dtype) for config in configs]
     fields = {"fuser_hidden_size": hidden_size, "fuser_intermediate_size": hidden_size, "token_alignment": "span"}
     if setting.mode == "memory":
-        # The field's name before it was `mode`; the bottleneck is that of the fuser that comes with the package.
-        name = "mode" if "mode" in inspect.signature(C2CConfig).parameters else "context_mode"
-        fields |= {name: "memory", "memory_shared_bottleneck": True, "memory_rank": 160}
+        # The field's name before it was `mode`. Maps of full rank from three layers, which all checkouts have.
+        parameters = inspect.signature(C2CConfig).parameters
+        fields |= {"mode" if "mode" in parameters else "context_mode": "memory"}
+        if "memory_token_embeddings" in parameters:
+            fields["memory_token_embeddings"] = False
     model = C2CForCausalLM.from_receiver_and_sharers(*(base.to(device) for base in models), **fields).eval()
     model.fuser.to(dtype)
     length = setting.length + (QUESTION if setting.mode == "memory" else 0)

@@ -24,5 +24,5 @@ def memory_pair(same: bool, sink: int = 1, **fields) -> tuple[C2CForCausalLM, C2
     models = [tiny_model(name, 0, len(tokenizer)) for name, tokenizer in zip(names, tokenizers, strict=True)]
     fields = {"mode": "memory", "memory_source_layers": 1, "memory_sink_tokens": sink, **fields}
     model = C2CForCausalLM.from_receiver_and_sharers(models[0], models[1], **fields)
-    processor = C2CProcessor(*tokenizers, mode="memory", memory_sink_tokens=sink)
+    processor = C2CProcessor.from_config(model.config, *tokenizers)
     return model, processor

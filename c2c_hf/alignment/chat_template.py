@@ -151,10 +151,29 @@ class RenderedChat:
         if prefix:
             if not self._indices:
                 raise ValueError("`sharer_context` needs a message with content to be put in front of.")
-            user = (k for k, i in enumerate(self._indices) if messages[i].get("role") == "user")
-            self._prefixed = next(user, 0)
+            self._prefixed = self._first_user_content()
             self._contents[self._prefixed] = prefix + self._contents[self._prefixed]
         self.text = self._render(self._contents)
+
+    def _first_user_content(self) -> int:
+        """Return the index among the contents of the first user message's; of the first one where there is none."""
+        return next((k for k, i in enumerate(self._indices) if self._messages[i].get("role") == "user"), 0)
+
+    def context_start(self) -> int:
+        """Return the character in front of which a context goes: the start of the first user message's content.
+
+        Raises:
+            ValueError: No message has a content, or the template changes that one.
+        """
+        if not self._indices:
+            raise ValueError("`sharer_context` needs a message with content to be put in front of.")
+        span = self.spans[self._first_user_content()]
+        if span is None:
+            raise ValueError(
+                "The chat template of the receiver changes the first user message, so that `sharer_context` has no "
+                "place in front of it: pass `chat_template`."
+            )
+        return span[0]
 
     def _render(self, contents: list[str]) -> str:
         messages = [dict(message) for message in self._messages]

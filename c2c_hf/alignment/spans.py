@@ -50,3 +50,35 @@ def align_spans(
     inside = (run >= 0) & (end - start < length) & (receiver[:, 1] > receiver[:, 0])
     result[inside] = last_token[(end - start + sharer_start)[inside]]
     return result
+
+
+def align_slots(receiver_offsets: Sequence[tuple[int, int]], sharer_offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Align each receiver token of a text with the first sharer token that ends at or after its last character.
+
+    Such a token, unlike those before it, depends on all characters of the receiver's. Where several tokens end at the
+    same character, as the bytes of one do, the last of one side goes with the last of the other, and so on backwards.
+
+    Args:
+        receiver_offsets: Character spans `(start, end)` of the receiver's tokens.
+        sharer_offsets: The same for the sharer in the same text, empty for special tokens.
+
+    Returns:
+        Sharer positions, `(num_receiver_tokens,)`, int64; -1 where the sharer's tokens, cut by truncation, end before
+        or begin after the receiver's.
+    """
+    result = np.full(len(receiver_offsets), -1, dtype=np.int64)
+    receiver, sharer = (
+        np.asarray(offsets, dtype=np.int64).reshape(-1, 2) for offsets in (receiver_offsets, sharer_offsets)
+    )
+    positions = np.flatnonzero(sharer[:, 1] > sharer[:, 0])
+    if not len(positions):
+        return result
+    ends = np.maximum.accumulate(sharer[positions, 1])
+    firsts = np.searchsorted(ends, receiver[:, 1])
+    covered = (firsts < len(ends)) & (receiver[:, 1] > sharer[positions[0], 0])
+    firsts, own_ends = firsts[covered], receiver[covered, 1]
+    lasts = np.searchsorted(ends, ends[firsts], side="right") - 1
+    # How many of the receiver's tokens follow that end at the same character.
+    num_later = np.searchsorted(own_ends, own_ends, side="right") - 1 - np.arange(len(own_ends))
+    result[covered] = positions[np.maximum(lasts - num_later, firsts)]
+    return result

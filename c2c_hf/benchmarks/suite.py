@@ -29,8 +29,8 @@ Setting: TypeAlias = Mapping[str, str | int]
 PARTS = ("prefill", "decode", "alignment", "training", "memory")
 #: Tokens of the text that is aligned, of a training prompt and of its answer.
 ALIGNED, PROMPT, ANSWER = 2048, 192, 64
-#: Width of the memory fuser's bottleneck, as in the fuser that comes with the package.
-MEMORY_RANK = 160
+#: Width of the residual networks of the memory fuser, as in the one that comes with the package.
+MEMORY_HIDDEN_SIZE = 64
 
 
 def _demo_pair(dtype: torch.dtype) -> list[PreTrainedModel]:
@@ -129,7 +129,7 @@ def run_benchmark(
         yield _alignment(rounds)
     if "memory" in parts:
         model = C2CForCausalLM.from_receiver_and_sharers(
-            receiver, sharer, mode="memory", memory_shared_bottleneck=True, memory_rank=MEMORY_RANK
+            receiver, sharer, mode="memory", memory_hidden_size=MEMORY_HIDDEN_SIZE
         )
         for length in lengths:
             yield _memory(model, length, {"pair": pair, "dtype": dtype_name}, rounds)

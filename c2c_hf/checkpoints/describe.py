@@ -119,7 +119,7 @@ def _describe_model(
 
 def _describe_mode(config: C2CConfig) -> str:
     if config.mode == "memory":
-        return f"memory, sink tokens {config.memory_sink_tokens}"
+        return f"memory, slots on the {config.memory_grid}'s grid, sink tokens {config.memory_sink_tokens}"
     answers = "fused" if config.fuse_response else "not fused"
     return f"fusion, {config.fusion_mode}, layer alignment {config.layer_alignment}, answers {answers}"
 
@@ -131,9 +131,9 @@ def _describe_sizes(sharer: SharerConfig) -> str:
 
 def _describe_maps(config: C2CConfig, fuser: MemoryFuser) -> str:
     rank = "full rank" if config.memory_rank is None else f"rank {config.memory_rank}"
-    shared = ", one bottleneck for all layers" if config.memory_shared_bottleneck else ""
     hidden = f", hidden {config.memory_hidden_size}" if config.memory_hidden_size else ""
-    return f"{len(fuser.sources[0])} sharer layers per receiver layer, {rank}{shared}{hidden}"
+    embeddings = ", with token embeddings" if fuser.embedding_size else ""
+    return f"{len(fuser.source_layers[0])} sharer layers per receiver layer{embeddings}, {rank}{hidden}"
 
 
 def _open_layers(fuser: C2CFuser) -> str:

@@ -1,7 +1,7 @@
 """The commands that make fusers: `c2c train` and `c2c fit`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,30 +47,18 @@ def fit(
     max_texts: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Texts of each file.", show_default="all")
     ] = None,
+    grid: Annotated[
+        Literal["receiver", "sharer"], typer.Option(help="Whose tokens of a context have slots.")
+    ] = "receiver",
+    token_embeddings: Annotated[
+        bool, typer.Option(help="The receiver's token embeddings beside the sharer's states.")
+    ] = True,
     source_layers: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N...",
-            min=1,
-            help="Sharer layers that each receiver layer takes; of several numbers the best is kept.",
-            show_default="3",
-        ),
-    ] = None,
-    sink_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="Receiver tokens in front of the memory.")] = 1,
+        int, typer.Option(metavar="N", min=1, help="Sharer layers that each receiver layer takes.")
+    ] = 3,
+    sink_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="First tokens that are never slots.")] = 1,
     rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the maps.", show_default="full")] = None,
-    shared_bottleneck: Annotated[
-        bool, typer.Option("--shared-bottleneck", help="One bottleneck of that rank for all layers.")
-    ] = False,
     hidden_size: Annotated[int, typer.Option(metavar="N", min=0, help="Of a residual network to train; 0: none.")] = 0,
-    questions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="With the columns sharer_context, question, choices and answer: the variance of the maps' output is "
-            "scaled as far as it helps to answer them.",
-        ),
-    ] = None,
-    max_questions: Annotated[int, typer.Option(metavar="N", min=1, help="Questions to use.")] = 60,
     max_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a text.")] = 512,
     dtype: Annotated[DType, typer.Option(help="Of the base models.")] = "float32",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cuda.")] = "cpu",
@@ -87,44 +75,36 @@ def fit(
     from ..checkpoints.base_models import load_base_model
     from ..demo import local_pair
     from ..fitting.ridge import fit_ridge
-    from ..fitting.variance_scaling import choose_variance_scale
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
     rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
-    asked = None if questions is None else _load_questions(questions, max_questions)
     names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
-    processor = C2CProcessor.from_receiver_and_sharers(*names, mode="memory", memory_sink_tokens=sink_tokens)
     loaded = [
         load_base_model(name, role, {"dtype": dtype})[0].to(device)
         for name, role in zip(names, ("receiver", "sharers"), strict=True)
     ]
-    fitted = []
-    for count in source_layers or [3]:
-        model = C2CForCausalLM.from_receiver_and_sharers(
-            *loaded,
-            mode="memory",
-            memory_sink_tokens=sink_tokens,
-            memory_source_layers=count,
-            memory_rank=rank,
-            memory_shared_bottleneck=shared_bottleneck,
-            memory_hidden_size=hidden_size,
-        )
-        report = fit_ridge(model, processor, rows, max_length=max_length)
-        keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
-        fitted.append((keys + values, model, report))
-        print(
-            f"{count} source layers, {report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens "
-            f"{keys:.3f} (keys), {values:.3f} (values)"
-        )
-    _, model, report = max(fitted, key=lambda one: one[0])
-    if asked is not None:
-        # Only for the fuser that is kept, since all questions are answered several times.
-        power = choose_variance_scale(model, processor, report, asked)
-        print(f"Scaled the variance by the power {power:g}.")
-    print("layer  keys   values")
-    for layer_idx, (keys, values) in enumerate(zip(report.r2_keys, report.r2_values, strict=True)):
-        print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}")
+    model = C2CForCausalLM.from_receiver_and_sharers(
+        *loaded,
+        mode="memory",
+        memory_grid=grid,
+        memory_token_embeddings=token_embeddings,
+        memory_sink_tokens=sink_tokens,
+        memory_source_layers=source_layers,
+        memory_rank=rank,
+        memory_hidden_size=hidden_size,
+    )
+    processor = C2CProcessor.from_config(model.config, *names)
+    report = fit_ridge(model, processor, rows, max_length=max_length)
+    keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
+    print(
+        f"{report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens {keys:.3f} (keys), "
+        f"{values:.3f} (values)"
+    )
+    print("layer  keys   values  from the sharer's layers")
+    scores = zip(report.r2_keys, report.r2_values, report.source_layers, strict=True)
+    for layer_idx, (keys, values, sources) in enumerate(scores):
+        print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}   {', '.join(map(str, sources))}")
     model.save_pretrained(output)
     processor.save_pretrained(output)
     print(f"Saved the fuser and its processor to {output}.")
@@ -141,13 +121,3 @@ def _load_texts(name: str, column: str, max_texts: int | None) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"Row {number} of {name}: {column!r} must be a text, but got {text!r:.60}.")
     return texts
-
-
-def _load_questions(name: str, max_questions: int) -> list[dict[str, Any]]:
-    from ..training.dataset import load_rows
-
-    rows = load_rows(name)
-    needed = ("sharer_context", "question", "choices", "answer")
-    if missing := [column for column in needed if column not in (rows.column_names or [])]:
-        raise ValueError(f"{name} lacks the columns {missing}; a question needs {list(needed)}.")
-    return [dict(row) for row in rows.take(max_questions)]

@@ -1,17 +1,17 @@
 """Solves for the maps of a memory fuser: ridge regression from sums over tokens, of full rank or reduced rank."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers.utils.logging import tqdm
 
-from ..fusers.memory import MemoryFuser, MemoryGroup
+from ..fusers.memory import MemoryFuser
 
 #: Singular vectors that the randomized decomposition computes beyond those that are kept, and its power iterations.
 _OVERSAMPLING, _ITERATIONS = 64, 4
+#: Penalty with which single layers are compared, relative to the mean variance.
+_SELECTION_ALPHA = 1e-2
 
 
 @dataclass
@@ -21,14 +21,11 @@ class RidgeReport:
     Attributes:
         num_tokens: Number of tokens fitted on.
         num_held_out: Number of tokens held out.
-        r2_keys: Per receiver layer the share of the variance of its keys (free of position) that is explained.
+        r2_keys: Per receiver layer the share of the variance of its keys (free of position) that is explained, the
+            mean over dimensions.
         r2_values: The same of its values.
         alphas: Per receiver layer the penalty chosen, relative to the mean variance of the features.
-        std_ratio_keys: Per receiver layer the standard deviation of its keys over that of the predicted ones.
-        std_ratio_values: The same of its values.
-        means: Per receiver layer the mean of its keys and values, side by side, in the units of the fuser's maps.
-        variance_scale: The power of these ratios by which the maps are scaled, see
-            [`~fitting.variance_scaling.scale_variance`]. 0: they are not.
+        source_layers: Per receiver layer the sharer layers that it is predicted from.
     """
 
     num_tokens: int
@@ -36,174 +33,220 @@ class RidgeReport:
     r2_keys: list[float]
     r2_values: list[float]
     alphas: list[float]
-    std_ratio_keys: list[float]
-    std_ratio_values: list[float]
-    means: list[torch.Tensor]
-    variance_scale: float = 0.0
+    source_layers: list[list[int]]
+
+
+def _layer_targets(fuser: MemoryFuser, receiver_states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Standardize the receiver's states: per layer keys and values side by side, `(num_tokens, width)`."""
+    dtype, num_layers = fuser.receiver_mean.dtype, len(fuser.receiver_shapes)
+    means, scales = (buffer.split(fuser.receiver_widths) for buffer in (fuser.receiver_mean, fuser.receiver_scale))
+    states = [(own.to(dtype) - mean) / scale for own, mean, scale in zip(receiver_states, means, scales, strict=True)]
+    return [torch.cat([states[i], states[num_layers + i]], dim=-1) for i in range(num_layers)]
+
+
+def _explained(truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Return per dimension the share of the variance that is explained; 1 where nothing varies."""
+    error, variance = (truth - predicted).square().sum(0), (truth - truth.mean(0)).square().sum(0)
+    return 1 - error / torch.where(variance > 0, variance, error.clamp_min(1e-12))
+
+
+def choose_source_layers(
+    fuser: MemoryFuser,
+    sharer_states: Sequence[torch.Tensor],
+    receiver_states: Sequence[torch.Tensor],
+    embeddings: torch.Tensor,
+    count: int,
+) -> list[list[int]]:
+    """Choose per receiver layer the sharer layers which alone predict its states best on held-out tokens.
+
+    Args:
+        fuser: Standardizes the states.
+        sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
+        receiver_states: The same of the receiver.
+        embeddings: `(num_tokens, embedding_size)`, the receiver's token embeddings, used where the fuser has them.
+        count: Number of layers to choose.
+
+    Returns:
+        Per receiver layer the chosen layers in ascending order.
+    """
+    num_sharer_layers = len(fuser.sharer_widths) // 2
+    targets = _layer_targets(fuser, receiver_states)
+    widths, target = [own.shape[1] for own in targets], torch.cat(targets, dim=-1)
+    means, scales = (buffer.split(fuser.sharer_widths) for buffer in (fuser.sharer_mean, fuser.sharer_scale))
+    common = (
+        [] if not fuser.embedding_size else [(embeddings.to(target) - fuser.embedding_mean) / fuser.embedding_scale]
+    )
+    num_fitted = len(target) - len(target) // 4
+    scores = torch.zeros(num_sharer_layers, len(targets))
+    for source in range(num_sharer_layers):
+        own = [
+            (sharer_states[entry].to(target) - means[entry]) / scales[entry]
+            for entry in (source, num_sharer_layers + source)
+        ]
+        features = torch.cat([*own, *common], dim=-1)
+        fitted = features[:num_fitted]
+        xx = fitted.T @ fitted
+        penalty = _SELECTION_ALPHA * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
+        weight = torch.linalg.solve(xx + penalty, fitted.T @ target[:num_fitted])
+        quality = _explained(target[num_fitted:], features[num_fitted:] @ weight)
+        scores[source] = torch.stack([part.mean() for part in quality.split(widths)])
+    return [sorted(scores[:, layer_idx].topk(count).indices.tolist()) for layer_idx in range(len(targets))]
+
+
+class MapSums:
+    """Sums over tokens, whose size does not depend on their number, and the held-out tokens.
+
+    Args:
+        fuser: Standardizes the states and names the source layers.
+
+    Attributes:
+        num_tokens: Number of tokens summed up.
+        num_held_out: Number of tokens held out.
+    """
+
+    def __init__(self, fuser: MemoryFuser) -> None:
+        self._fuser = fuser
+        self.num_tokens = self.num_held_out = 0
+        # Receiver layers with the same source layers have the same features.
+        self._layers: dict[tuple[int, ...], list[int]] = {}
+        for layer_idx, sources in enumerate(fuser.source_layers):
+            self._layers.setdefault(tuple(sources), []).append(layer_idx)
+        self._held_out: list[tuple[list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]] = []
+        self._sums: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def _prepare(
+        self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]:
+        entries, standardized = self._fuser.standardize(sharer_states, embeddings)
+        return entries, standardized, _layer_targets(self._fuser, receiver_states)
+
+    def hold_out(
+        self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
+    ) -> None:
+        """Keep tokens by which the maps are evaluated; arguments as in [`choose_source_layers`]."""
+        self.num_held_out += len(embeddings)
+        self._held_out.append(self._prepare(sharer_states, receiver_states, embeddings))
+
+    def add(
+        self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
+    ) -> None:
+        """Add tokens; arguments as in [`choose_source_layers`]."""
+        self.num_tokens += len(embeddings)
+        entries, standardized, targets = self._prepare(sharer_states, receiver_states, embeddings)
+        for sources, layers in self._layers.items():
+            features = self._fuser.features(entries, standardized, layers[0])
+            own = torch.cat([targets[layer_idx] for layer_idx in layers], dim=-1)
+            # Products of a few thousand tokens in float32, sums in float64.
+            parts = [features.sum(0), own.sum(0), features.T @ features, features.T @ own]
+            sums = self._sums.setdefault(sources, [torch.zeros_like(part, dtype=torch.float64) for part in parts])
+            for total, part in zip(sums, parts, strict=True):
+                total += part
+
+    def problems(self) -> "list[tuple[list[int], _Problem]]":
+        """Return per group of receiver layers with the same features the layers and their regression."""
+        problems = []
+        for sources, layers in self._layers.items():
+            x_sum, y_sum, xx, xy = self._sums[sources]
+            x_mean, y_mean = x_sum / self.num_tokens, y_sum / self.num_tokens
+            held_x = torch.cat([self._fuser.features(x, e, layers[0]) for x, e, _ in self._held_out])
+            held_y = torch.cat(
+                [torch.cat([y[layer_idx] for layer_idx in layers], dim=-1) for _, _, y in self._held_out]
+            )
+            problem = _Problem(
+                x_mean,
+                y_mean,
+                xx - self.num_tokens * torch.outer(x_mean, x_mean),
+                xy - self.num_tokens * torch.outer(x_mean, y_mean),
+                held_x - x_mean.to(held_x),
+                held_y - y_mean.to(held_y),
+            )
+            problems.append((layers, problem))
+        return problems
 
 
 @dataclass
-class TokenSums:
-    """Sums over tokens, whose size does not depend on the number of tokens, and the held-out tokens.
+class _Problem:
+    """One regression, centred, in float64; the held-out tokens in the fuser's precision."""
 
-    Attributes:
-        total: `(width,)`, float64, the sum of the states.
-        products: `(in_features, width)`, float64, the sum of the products of features and states.
-        held_out: States of held-out tokens, `(num_tokens, width)` each.
-    """
-
-    total: torch.Tensor
-    products: torch.Tensor
-    held_out: list[torch.Tensor] = field(default_factory=list)
-
-    @classmethod
-    def zeros(cls, in_features: int, width: int, device: torch.device) -> "TokenSums":
-        """Return the sums over no token."""
-        total, products = (
-            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((width,), (in_features, width))
-        )
-        return cls(total, products)
-
-    def add(self, states: torch.Tensor, features: torch.Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            states: `(num_tokens, width)`, float32.
-            features: `(num_tokens, in_features)`, float32.
-        """
-        # Products of a few thousand tokens in float32, sums in float64.
-        self.total += states.double().sum(0)
-        self.products += features.T @ states
+    x_mean: torch.Tensor
+    y_mean: torch.Tensor
+    xx: torch.Tensor
+    xy: torch.Tensor
+    held_x: torch.Tensor
+    held_y: torch.Tensor
 
 
-class _Quality(NamedTuple):
-    """How well a layer's states are predicted: R2, and the ratio of their standard deviation to the predicted one."""
-
-    r2_keys: float
-    r2_values: float
-    std_ratio_keys: float
-    std_ratio_values: float
-
-
-class _Solution(NamedTuple):
-    """Maps from features to receiver layers, all of unit size.
-
-    Attributes:
-        error: Squared error on the held-out tokens.
-        alpha: The penalty.
-        down: `(in_features, rank)`, or `None` for full rank.
-        weight: `(rank or in_features, out_features of all layers)`.
-        bias: `(out_features of all layers,)`.
-        mean: `(out_features of all layers,)`, of the states.
-        quality: Per layer, on the held-out tokens.
-    """
-
-    error: float
-    alpha: float
-    down: torch.Tensor | None
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mean: torch.Tensor
-    quality: list[_Quality]
-
-
-def solve_maps(
-    fuser: MemoryFuser,
-    features: Mapping[tuple[int, ...], TokenSums],
-    layers: Sequence[TokenSums],
-    num_tokens: int,
-    num_held_out: int,
-    alphas: Sequence[float],
-    progress: bool,
-) -> RidgeReport:
+def solve_maps(fuser: MemoryFuser, sums: MapSums, alphas: Sequence[float], progress: bool) -> RidgeReport:
     """Solve for the maps of a fuser and write them into it.
 
     Args:
-        fuser: Overwritten, its scales included.
-        features: Per tuple of sharer layers the sums over the features that they give.
-        layers: Per receiver layer the sums over its states.
-        num_tokens: Number of tokens that were summed up.
-        num_held_out: Number of those held out.
+        fuser: Overwritten.
+        sums: Over tokens.
         alphas: Penalties to choose among, see [`~fitting.ridge.fit_ridge`].
         progress: Show a progress bar.
 
     Raises:
         ValueError: No penalty is large enough for as few tokens.
     """
-    num_layers = len(layers)
+    num_layers = len(fuser.receiver_shapes)
     report = RidgeReport(
-        num_tokens,
-        num_held_out,
+        sums.num_tokens,
+        sums.num_held_out,
         r2_keys=[0.0] * num_layers,
         r2_values=[0.0] * num_layers,
         alphas=[0.0] * num_layers,
-        std_ratio_keys=[1.0] * num_layers,
-        std_ratio_values=[1.0] * num_layers,
-        means=[torch.empty(0)] * num_layers,
+        source_layers=fuser.source_layers,
     )
-    scales = fuser.receiver_scales
-    for layer_idx, layer in enumerate(layers):
-        heads, key_dim, _ = fuser.receiver_shapes[layer_idx]
-        keys, values = torch.cat(layer.held_out).double().var(0).tensor_split([heads * key_dim])
-        scales[layer_idx], scales[num_layers + layer_idx] = _typical_size(keys), _typical_size(values)
     with tqdm(total=num_layers, desc="Solving", unit="layer", disable=not progress) as bar:
-        for sources, sums in features.items():
-            own_layers = [layer_idx for layer_idx, own in enumerate(fuser.sources) if tuple(own) == sources]
-            # Layers that share one bottleneck are solved for together.
-            together = [own_layers] if fuser.down_proj is not None else [[layer_idx] for layer_idx in own_layers]
-            solutions = _solve_layers(fuser, sums, layers, together, num_tokens, alphas)
-            for layer_indices, solution in zip(together, solutions, strict=True):
-                _write(fuser, layer_indices, solution, report)
-                bar.update(len(layer_indices))
+        for layers, problem in sums.problems():
+            _solve(fuser, layers, problem, alphas, sums.num_tokens, report)
+            bar.update(len(layers))
     return report
 
 
-def _typical_size(variances: torch.Tensor) -> float:
-    """Return the size of states as a power of two, which no precision rounds."""
-    mean = float(variances.mean())
-    return 2.0 ** round(math.log2(mean) / 2) if mean > 0 else 1.0
-
-
-def _solve_layers(
+def _solve(
     fuser: MemoryFuser,
-    features: TokenSums,
-    layers: Sequence[TokenSums],
-    together: Sequence[Sequence[int]],
-    num_tokens: int,
+    layers: Sequence[int],
+    problem: _Problem,
     alphas: Sequence[float],
-) -> list[_Solution]:
-    """Solve for receiver layers of the same features, with the best penalty for each item of `together`."""
-    mean_x = features.total / num_tokens
-    sizes_x = torch.ones_like(mean_x)
-    variances = features.products.diagonal() / num_tokens - mean_x.square()
-    entries = fuser.entries(together[0][0])
-    widths = [fuser.entry_widths[entry] for entry in entries]
-    for entry, part, size in zip(entries, variances.split(widths), sizes_x.split(widths), strict=True):
-        size.fill_(_typical_size(part))
-        fuser.sharer_scales[entry] = size[0]
-    mean_x = mean_x / sizes_x
-    xx = features.products / sizes_x / sizes_x.unsqueeze(1) - num_tokens * torch.outer(mean_x, mean_x)
-    held_out_x = torch.cat(features.held_out).double() / sizes_x - mean_x
-    targets = [_Targets.of_layers(fuser, layers, layer_indices, num_tokens) for layer_indices in together]
-    products = [y.products / sizes_x.unsqueeze(1) - num_tokens * torch.outer(mean_x, y.mean) for y in targets]
-    best: list[_Solution | None] = [None] * len(together)
+    num_tokens: int,
+    report: RidgeReport,
+) -> None:
+    """Solve for receiver layers with the same features, with the best penalty for each layer."""
+    widths = [fuser.receiver_widths[i] + fuser.receiver_widths[len(fuser.receiver_shapes) + i] for i in layers]
+    best = [-torch.inf] * len(layers)
     for alpha in alphas:
-        penalty = alpha * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        factor, failed = torch.linalg.cholesky_ex(xx + penalty)
+        penalty = alpha * problem.xx.diagonal().mean() * torch.eye(len(problem.xx)).to(problem.xx)
+        factor, failed = torch.linalg.cholesky_ex(problem.xx + penalty)
         if int(failed):
             continue
-        for index, (y, xy) in enumerate(zip(targets, products, strict=True)):
-            down, weight = _maps(factor, xy, y.rank, num_tokens)
-            predicted = held_out_x @ weight if down is None else held_out_x @ down @ weight
-            error, quality = y.evaluate(predicted)
-            previous = best[index]
-            if previous is None or error < previous.error:
-                bias = y.mean - (mean_x @ weight if down is None else mean_x @ down @ weight)
-                best[index] = _Solution(error, alpha, down, weight, bias, y.mean, quality)
-    solutions = [solution for solution in best if solution is not None]
-    if len(solutions) < len(best):
+        columns = zip(layers, problem.xy.split(widths, 1), problem.y_mean.split(widths), strict=True)
+        for index, (layer_idx, xy, y_mean) in enumerate(columns):
+            memory_map = fuser.maps[layer_idx]
+            rank = None if memory_map.rank_proj is None else memory_map.rank_proj.out_features
+            down, weight = _maps(factor, xy, rank, num_tokens)
+            full = weight if down is None else down @ weight
+            truth = problem.held_y.split(widths, 1)[index]
+            quality = _explained(truth, problem.held_x @ full.to(truth))
+            if float(quality.mean()) <= best[index]:
+                continue
+            best[index] = float(quality.mean())
+            keys, values = quality.split(
+                [fuser.receiver_widths[layer_idx], widths[index] - fuser.receiver_widths[layer_idx]]
+            )
+            report.r2_keys[layer_idx], report.r2_values[layer_idx] = float(keys.mean()), float(values.mean())
+            report.alphas[layer_idx] = alpha
+            # A rank beyond that of the map leaves the rest of the bottleneck empty.
+            memory_map.out_proj.weight.zero_()[:, : len(weight)].copy_(weight.T)
+            memory_map.out_proj.bias.copy_(y_mean - problem.x_mean @ full)
+            if memory_map.rank_proj is not None and down is not None:
+                memory_map.rank_proj.weight.zero_()[: down.shape[1]].copy_(down.T)
+    if -torch.inf in best:
         raise ValueError(f"`alphas`: {list(alphas)} are all too small for {num_tokens} tokens; give larger ones.")
-    return solutions
+    for layer_idx in layers:
+        residual = fuser.maps[layer_idx].residual
+        if residual is not None:
+            residual.down_proj.weight.zero_()
 
 
 def _maps(
@@ -222,84 +265,3 @@ def _maps(
     rank = min(rank, sketch)
     down = torch.linalg.solve_triangular(factor.T, left[:, :rank], upper=True) * num_tokens**0.5
     return down, (right[:, :rank] * sizes[:rank]).T / num_tokens**0.5
-
-
-class _Targets(NamedTuple):
-    """States of receiver layers that are solved for together, of unit size, side by side.
-
-    Attributes:
-        products: `(in_features, out_features of all layers)`, sums of the products with the features.
-        mean: `(out_features of all layers,)`.
-        held_out: `(num_tokens, out_features of all layers)`, without their mean.
-        rank: Of the map. `None`: full.
-        widths: Of each layer's keys and values in turn.
-    """
-
-    products: torch.Tensor
-    mean: torch.Tensor
-    held_out: torch.Tensor
-    rank: int | None
-    widths: list[int]
-
-    @classmethod
-    def of_layers(
-        cls, fuser: MemoryFuser, layers: Sequence[TokenSums], layer_indices: Sequence[int], num_tokens: int
-    ) -> "_Targets":
-        """Put the sums of layers side by side."""
-        widths, sizes = [], []
-        for layer_idx in layer_indices:
-            heads, key_dim, value_dim = fuser.receiver_shapes[layer_idx]
-            for entry, width in ((layer_idx, heads * key_dim), (len(layers) + layer_idx, heads * value_dim)):
-                widths.append(width)
-                sizes.append(fuser.receiver_scales[entry].double().expand(width))
-        size = torch.cat(sizes)
-        total = torch.cat([layers[layer_idx].total for layer_idx in layer_indices])
-        products = torch.cat([layers[layer_idx].products for layer_idx in layer_indices], dim=1)
-        held_out = torch.cat([torch.cat(layers[layer_idx].held_out) for layer_idx in layer_indices], dim=1).double()
-        mean = total / num_tokens / size
-        rank = fuser.bottleneck(layer_indices[0])
-        return cls(products / size, mean, held_out / size - mean, rank, widths)
-
-    def evaluate(self, predicted: torch.Tensor) -> tuple[float, list[_Quality]]:
-        """Return the squared error on held-out tokens, and how well each layer is predicted."""
-        errors, variances, predicted_variances = (
-            torch.stack([part.sum() for part in states.square().sum(0).split(self.widths)])
-            for states in (predicted - self.held_out, self.held_out, predicted)
-        )
-        # Constant states have no scale.
-        varies = (predicted_variances > 0) & (variances > 0)
-        std_ratios = torch.where(varies, variances / predicted_variances, 1.0).sqrt()
-        numbers = torch.cat([(1 - errors / variances).view(-1, 2), std_ratios.view(-1, 2)], dim=1)
-        return float(errors.sum()), [_Quality(*layer) for layer in numbers.tolist()]
-
-
-def _write(fuser: MemoryFuser, layer_indices: Sequence[int], solution: _Solution, report: RidgeReport) -> None:
-    """Write a solution into a fuser and a report."""
-    widths = []
-    for layer_idx in layer_indices:
-        heads, key_dim, value_dim = fuser.receiver_shapes[layer_idx]
-        widths.append(heads * (key_dim + value_dim))
-    parts = (solution.weight.split(widths, dim=1), solution.bias.split(widths), solution.mean.split(widths))
-    for layer_idx, weight, bias, mean, quality in zip(layer_indices, *parts, solution.quality, strict=True):
-        group = next(group for group in fuser.groups if layer_idx in group.layers)
-        index = group.layers.index(layer_idx)
-        own_weight, own_bias = (parameter[index] for parameter in group.out_proj.parameters())
-        # A rank beyond that of the map leaves the rest of the bottleneck empty.
-        own_weight.zero_()[:, : len(weight)].copy_(weight.T)
-        own_bias.copy_(bias)
-        if solution.down is not None:
-            for down_weight in _down_weights(fuser, group, index):
-                down_weight.zero_()[: len(weight)].copy_(solution.down.T)
-        if group.residual is not None:
-            for parameter in group.residual[-1].parameters():
-                parameter[index].zero_()
-        report.r2_keys[layer_idx], report.r2_values[layer_idx] = quality.r2_keys, quality.r2_values
-        report.std_ratio_keys[layer_idx] = quality.std_ratio_keys
-        report.std_ratio_values[layer_idx] = quality.std_ratio_values
-        report.alphas[layer_idx], report.means[layer_idx] = solution.alpha, mean
-
-
-def _down_weights(fuser: MemoryFuser, group: MemoryGroup, index: int) -> list[torch.Tensor]:
-    """Return the bottleneck weight in front of a layer's map, shared or its own, `(rank, in_features)` each."""
-    own = [] if group.down_proj is None else [group.down_proj.weight[index]]
-    return own if fuser.down_proj is None else [fuser.down_proj.weight]

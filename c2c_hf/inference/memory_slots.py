@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..fusers.memory import MemoryFuser
@@ -152,6 +153,7 @@ def fill_memory_slots(
     sharers: Sequence[SharerInputs],
     rotations: Sequence[Sequence[Rotation]],
     inputs: ReceiverInputs,
+    token_embeddings: nn.Module,
     leading_states: LayerStates,
     dtype: torch.dtype,
 ) -> LayerStates:
@@ -164,6 +166,7 @@ def fill_memory_slots(
         sharers: The sharers' inputs.
         rotations: The rotary embedding of each receiver layer, then per sharer those of its layers.
         inputs: The receiver's inputs with position ids.
+        token_embeddings: The receiver's input embeddings, for fusers with `memory_token_embeddings`.
         leading_states: From [`prefill_leading_tokens`].
         dtype: Of the receiver.
 
@@ -183,7 +186,11 @@ def fill_memory_slots(
         device = next(fuser.parameters()).device
         slots = _pick(inputs.positions(), rows, columns)
         where = (rows.to(device), columns.to(device))
-        for layer_idx, (keys, values) in enumerate(fuser([token_states.to(device) for token_states in tokens])):
+        embeddings = None
+        if fuser.embedding_size:
+            embeddings = _slot_embeddings(inputs, token_embeddings, rows, columns).to(device)
+        slot_states = fuser([token_states.to(device) for token_states in tokens], embeddings)
+        for layer_idx, (keys, values) in enumerate(slot_states):
             keys = receiver_rotations[layer_idx].apply(keys, slots)
             if len(layers) <= layer_idx:
                 shape = (*plan.slots.shape, keys.shape[1])
@@ -224,8 +231,17 @@ def position_free_tokens(
     return tokens
 
 
-def _pick(position_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return position_ids[rows.to(position_ids.device), columns.to(position_ids.device)]
+def _slot_embeddings(
+    inputs: ReceiverInputs, token_embeddings: nn.Module, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """Return the receiver's embeddings of the slots' tokens, `(num_tokens, embedding_size)`."""
+    if inputs.inputs_embeds is not None:
+        return _pick(inputs.inputs_embeds, rows, columns)
+    return token_embeddings(_pick(inputs.tokens, rows, columns))
+
+
+def _pick(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return values[rows.to(values.device), columns.to(values.device)]
 
 
 def _place_leading_states(plan: MemoryPlan, states: LayerStates, leading_states: LayerStates) -> None:

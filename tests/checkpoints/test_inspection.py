@@ -57,14 +57,10 @@ def test_description_of_a_fuser(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "maps"),
     [
-        ({}, "3 sharer layers per receiver layer, full rank"),
+        ({}, "3 sharer layers per receiver layer, with token embeddings, full rank"),
         (
-            {"memory_rank": 4, "memory_hidden_size": 6, "memory_source_layers": 2},
+            {"memory_rank": 4, "memory_hidden_size": 6, "memory_source_layers": 2, "memory_token_embeddings": False},
             "2 sharer layers per receiver layer, rank 4, hidden 6",
-        ),
-        (
-            {"memory_rank": 4, "memory_shared_bottleneck": True},
-            "5 sharer layers per receiver layer, rank 4, one bottleneck for all layers",
         ),
     ],
 )
@@ -75,7 +71,7 @@ def test_description_of_a_memory_fuser(tmp_path: Path, fields: dict, maps: str) 
     count = sum(parameter.numel() for parameter in model.fuser.parameters())
     assert described["fuser 0"].startswith(f"{count:,} weights, ")
     assert described["fuser 0"].endswith(maps)
-    assert described["mode"] == "memory, sink tokens 2"
+    assert described["mode"] == "memory, slots on the receiver's grid, sink tokens 2"
     assert "gates 0" not in described
 
 

@@ -45,18 +45,10 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("\n".join(rows), encoding="utf-8")
     fuser, document = str(tmp_path / "memory"), tmp_path / "document.txt"
     command = [sys.executable, "-m", "c2c_hf", "fit", str(tmp_path / "texts.jsonl"), "--output", fuser]
-    command += ["--receiver", receiver, "--sharer", sharer, "--source-layers", "1", "2", "--max-length", "40"]
-    question = {"sharer_context": TEXT[0], "question": "How many", "choices": ["ships", "cafés"], "answer": 0}
-    (tmp_path / "questions.jsonl").write_text(json.dumps(question), encoding="utf-8")
-    command += ["--questions", str(tmp_path / "questions.jsonl")]
+    command += ["--receiver", receiver, "--sharer", sharer, "--source-layers", "2", "--max-length", "40"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "1 source layers" in done.stdout and "2 source layers" in done.stdout and "R2" in done.stdout
-    assert done.stdout.count("Scaled the variance by the power") == 1, "only the one that is kept"
-    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "How many"}), encoding="utf-8")
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert refused.returncode == 1
-    assert "lacks the columns ['sharer_context', 'choices', 'answer']" in refused.stderr
+    assert "R2 on" in done.stdout and "from the sharer's layers" in done.stdout
     document.write_text(TEXT[0], encoding="utf-8")
     command = [sys.executable, str(EXAMPLES / "document_qa.py"), fuser, str(document), "How many ships?"]
     first, second = (
@@ -93,7 +85,7 @@ def test_memory_data_and_passages(pair: tuple[str, str], tmp_path: Path) -> None
     ]
     assert made["passages"][0]["messages"][0]["content"] == "Who said a?"
     assert len(made["facts"]) == 7 and len(made["texts"]) == 11
-    fields = {"mode": "memory", "memory_rank": 4, "memory_shared_bottleneck": True}
+    fields = {"mode": "memory", "memory_rank": 4}
     C2CForCausalLM.from_receiver_and_sharers(*pair, **fields).save_pretrained(tmp_path / "memory")
     processor = C2CProcessor.from_receiver_and_sharers(*pair, mode="memory")
     processor.save_pretrained(tmp_path / "memory")

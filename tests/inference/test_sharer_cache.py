@@ -317,7 +317,7 @@ def test_without_sharers_states_are_asked_for(tmp_path: Path) -> None:
 def test_memory_of_a_sharer_elsewhere(name: str, tmp_path: Path) -> None:
     """The saved fuser records the rotary embedding of every sharer layer, also where there is none."""
     receiver, sharer = tiny_model("llama"), tiny_model(name, 1)
-    fields = {"mode": "memory", "memory_rank": 8, "memory_shared_bottleneck": True}
+    fields = {"mode": "memory", "memory_rank": 8}
     model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, **fields).eval()
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
     columns = torch.arange(9)

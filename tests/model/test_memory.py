@@ -52,9 +52,10 @@ def pair_of(name: str, num_sharers: int = 1, sink: int = 1) -> C2CForCausalLM:
     model = C2CForCausalLM.from_receiver_and_sharers(model_of(name), sharers, **fields)
     with torch.no_grad():
         for fuser in model.fuser:
-            for group in fuser.groups:
-                group.out_proj.weight.copy_(torch.eye(group.out_proj.weight.shape[-1]))
-                group.out_proj.bias.zero_()
+            for memory_map in fuser.maps:
+                # Token embeddings, where they are features, are not used.
+                memory_map.out_proj.weight.copy_(torch.eye(*memory_map.out_proj.weight.shape))
+                memory_map.out_proj.bias.zero_()
     return model.eval()
 
 
