@@ -42,7 +42,7 @@ from .checkpoints.base_models import (
     verify_weights,
 )
 from .checkpoints.download import HUB_KWARGS, check_subfolder
-from .checkpoints.fuser_weights import check_fuser_weights, is_own_weight, load_fuser_weights
+from .checkpoints.fuser_weights import check_fuser_weights, is_own_weight, load_fuser_weights, quantize
 from .checkpoints.receiver_adapter import (
     ADAPTER_FOLDER,
     has_adapter,
@@ -922,6 +922,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         push_to_hub: bool = False,
         is_main_process: bool = True,
         with_code: bool = False,
+        int8: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save configuration and fuser, never a base model's weight; the receiver's PEFT adapter, if it has one.
@@ -936,6 +937,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             is_main_process: Only the main process writes.
             with_code: Save short code files beside them, so that `AutoModelForCausalLM.from_pretrained(...,
                 trust_remote_code=True)` finds the classes of the installed package without `import c2c_hf`.
+            int8: Round the fuser's matrices to 8 bits, one scale per row: a quarter of the size, for publication.
+                They are float32 again when loaded.
             **kwargs: Arguments of transformers' `save_pretrained`, such as `max_shard_size`; with `push_to_hub` those
                 of [`push_to_hub`] as well.
 
@@ -953,9 +956,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             # A model that is loaded without its sharers cannot measure them.
             for sharer_config, rotations in zip(self.config.sharers, self.rotations()[1:], strict=True):
                 sharer_config.rotations = describe_rotations(rotations)
+        weights = self._own_state_dict(state_dict)
         with staged_folder(target, replaces=_is_saved_weight, last=CONFIG_NAME) as staging:
             try:
-                super().save_pretrained(staging, state_dict=self._own_state_dict(state_dict), **kwargs)
+                super().save_pretrained(staging, state_dict=quantize(weights) if int8 else weights, **kwargs)
             except SafetensorError as error:
                 # What safetensors raises where the disk is full.
                 raise OSError(f"The fuser could not be written ({error}); the earlier files are unchanged.") from error
@@ -965,7 +969,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", target.resolve().name)
             size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
-            self.push_to_hub(repo_id, with_code=with_code, **size, **push_kwargs)
+            self.push_to_hub(repo_id, with_code=with_code, int8=int8, **size, **push_kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
@@ -981,6 +985,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         processor: C2CProcessor | None = None,
         tags: Sequence[str] | str | None = None,
         with_code: bool = False,
+        int8: bool = False,
         max_shard_size: int | str = "50GB",
         **kwargs: Any,
     ) -> CommitInfo:
@@ -992,6 +997,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 [`C2CProcessor.from_receiver_and_sharers`] does.
             tags: Further tags of the card.
             with_code: See [`save_pretrained`].
+            int8: See there.
             max_shard_size: Largest size of a weights file.
             **kwargs: `receiver` and `sharers`, Hub ids to record in place of local folders; `card`, or what one is
                 made of: `license`, `evaluation`, `training`, `datasets`; where it goes: `subfolder`, `private`,
@@ -1013,7 +1019,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
             processor = C2CProcessor.from_config(self.config)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, with_code=with_code, max_shard_size=max_shard_size)
+            self.save_pretrained(folder, with_code=with_code, int8=int8, max_shard_size=max_shard_size)
             processor.save_pretrained(folder, with_code=with_code)
             tags = [tags] if isinstance(tags, str) else tags or ()
             return publish_fuser(folder, repo_id, tags=tags, **kwargs)

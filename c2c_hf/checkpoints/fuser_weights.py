@@ -1,4 +1,4 @@
-"""Load the weights of a saved fuser and validate file names, shards, names and shapes.
+"""Load the weights of a saved fuser and validate file names, shards, names and shapes; matrices in 8 bits.
 
 [`C2CForCausalLM.save_pretrained`] writes them.
 """
@@ -16,6 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .download import check_download, check_subfolder, find_file
 
+#: In a file, the scale of a matrix in 8 bits has the matrix's name with this ending.
+_SCALE = "_scale"
+
 
 def is_own_weight(name: str) -> bool:
     """Say whether a weight is this package's, by its name; all others belong to base models."""
@@ -29,11 +32,17 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
         name_or_path: Hub id or folder.
         hub_kwargs: Where on the Hub, see `HUB_KWARGS`.
 
+    Returns:
+        The weights by name; matrices in 8 bits as float32.
+
     Raises:
         OSError: No safetensors file there, or the Hub does not answer.
         ValueError: A damaged file, or an index or a subfolder that points outside the folder.
     """
-    name = str(name_or_path)
+    return dequantize(_load_files(str(name_or_path), hub_kwargs))
+
+
+def _load_files(name: str, hub_kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     check_subfolder(hub_kwargs.get("subfolder"))
     single_path = find_file(name, SAFE_WEIGHTS_NAME, hub_kwargs)
     if single_path is not None:
@@ -58,6 +67,51 @@ def load_fuser_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> 
             raise OSError(f"{name!r} lacks the shard {shard}; download or save it anew.")
         weights.update(read_safetensors(path))
     return weights
+
+
+def quantize(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Round matrices to 8 bits, each row with a scale of its own: a quarter of float32's size.
+
+    Args:
+        weights: By name.
+
+    Returns:
+        The same names; a floating matrix `(..., rows, columns)` as int8, beside its scale `(..., rows, 1)`, float32.
+        Vectors and integers stay as they are.
+    """
+    rounded: dict[str, torch.Tensor] = {}
+    for name, value in weights.items():
+        if not value.is_floating_point() or value.dim() < 2:
+            rounded[name] = value
+            continue
+        whole = value.detach().float()
+        # A row of zeros has no scale to find.
+        scale = whole.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        rounded[name], rounded[name + _SCALE] = (whole / scale).round().to(torch.int8), scale
+    return rounded
+
+
+def dequantize(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo [`quantize`]: matrices in 8 bits become float32, everything else stays as it is.
+
+    Raises:
+        ValueError: The scale of a matrix has another shape.
+    """
+    restored: dict[str, torch.Tensor] = {}
+    for name, value in weights.items():
+        scale = weights.get(name + _SCALE)
+        if scale is not None and value.dtype == torch.int8:
+            if scale.shape != (*value.shape[:-1], 1):
+                raise ValueError(
+                    f"The checkpoint is damaged: the scale of {name}, {tuple(value.shape)}, has the shape "
+                    f"{tuple(scale.shape)}; download or save it anew."
+                )
+            value = value.float() * scale.float()
+        elif name.endswith(_SCALE) and (owner := weights.get(name.removesuffix(_SCALE))) is not None:
+            if owner.dtype == torch.int8:
+                continue
+        restored[name] = value
+    return restored
 
 
 def read_safetensors(path: str) -> dict[str, torch.Tensor]:

@@ -568,3 +568,37 @@ def test_saving_hands_every_argument_of_push_to_hub_on(tmp_path: Path, monkeypat
         "tags": ["chat"],
     }
     assert pushed == expected
+
+
+@pytest.mark.parametrize("fields", [{}, {"mode": "memory", "token_alignment": "span", "memory_hidden_size": 8}])
+def test_weights_in_8_bits(fields: dict, tmp_path: Path) -> None:
+    """A quarter of the size; rounded once: saved and loaded again, they stay the same."""
+    model = tiny_c2c("llama", ["qwen3"], **fields)
+    randomize_fuser(model, 0)
+    model.save_pretrained(tmp_path / "float32")
+    model.save_pretrained(tmp_path / "int8", int8=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("float32", "int8")]
+    assert sizes[1] < 0.4 * sizes[0]
+    bases = {"receiver": model.receiver, "sharers": list(model.sharers)}
+    loaded = C2CForCausalLM.from_pretrained(tmp_path / "int8", **bases)
+    for (name, before), after in zip(
+        model.fuser.state_dict().items(), loaded.fuser.state_dict().values(), strict=True
+    ):
+        assert after.dtype == before.dtype
+        if before.is_floating_point() and before.dim() > 1:
+            # At most half a step of each row.
+            step = before.abs().amax(-1, keepdim=True) / 127
+            assert bool(((after - before).abs() <= 0.5001 * step + 1e-12).all()), name
+        else:
+            assert torch.equal(after, before)
+    loaded.save_pretrained(tmp_path / "again", int8=True)
+    again = C2CForCausalLM.from_pretrained(tmp_path / "again", **bases)
+    for before, after in zip(loaded.fuser.state_dict().values(), again.fuser.state_dict().values(), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+    path = tmp_path / "int8" / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("weight_scale"))
+    weights[name] = weights[name][..., :0]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the scale of fuser\..* has the shape"):
+        C2CForCausalLM.from_pretrained(tmp_path / "int8", **bases)
