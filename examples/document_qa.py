@@ -32,7 +32,7 @@ def main() -> None:
     model, processor = from_pretrained(arguments.fuser, dtype=arguments.dtype, load_sharers=not path.exists())
     if not path.exists():
         start = time.perf_counter()
-        size = len(prefill_document(model, processor, document).to_safetensors(path))
+        size = len(prefill_document(model, processor, document).cache.to_safetensors(path))
         seconds = time.perf_counter() - start
         print(f"The sharer prefilled the document in {seconds:.2f} s; {path} has {size / 1e6:.1f} MB.")
 

@@ -209,9 +209,10 @@ def benchmark_training_step(
 def benchmark_memory(
     model: C2CForCausalLM, context_length: int, prompt_length: int = 32, rounds: int = 5
 ) -> tuple[Rounds, dict[str, int]]:
-    """Time the first token after a question about a context: from memory `slots`, or with the context in the `prompt`.
+    """Time the first token after a question about a context: from memory slots, or with the context in the `prompt`.
 
-    The sharer's cache of the context exists already, as for a document that many questions are asked about.
+    The slots are timed `warm`, where the sharer's cache of the context exists already, as for a document that many
+    questions are asked about, and `cold`, where the sharer prefills the context first.
 
     Args:
         model: A pair with `mode="memory"`.
@@ -234,7 +235,8 @@ def benchmark_memory(
     }
     timed = time_in_turn(
         {
-            "slots": lambda: model(**inputs, sharer_caches=sharer_cache, logits_to_keep=1, use_cache=True),
+            "warm": lambda: model(**inputs, sharer_caches=sharer_cache, logits_to_keep=1, use_cache=True),
+            "cold": lambda: model(**inputs, logits_to_keep=1, use_cache=True),
             "prompt": lambda: _prefill_receiver(model, inputs),
         },
         rounds,

@@ -29,6 +29,8 @@ Setting: TypeAlias = Mapping[str, str | int]
 PARTS = ("prefill", "decode", "alignment", "training", "memory")
 #: Tokens of the text that is aligned, of a training prompt and of its answer.
 ALIGNED, PROMPT, ANSWER = 2048, 192, 64
+#: What is compared with the context in the prompt.
+MEMORY_RATIOS = ("warm_over_prompt", "cold_over_prompt")
 #: Width of the residual networks of the memory fuser, as in the one that comes with the package.
 MEMORY_HIDDEN_SIZE = 64
 
@@ -189,10 +191,12 @@ def _training(model: C2CForCausalLM, batch_size: int, setting: Setting, rounds: 
 
 def _memory(model: C2CForCausalLM, length: int, setting: Setting, rounds: int) -> Result:
     timed, sizes = benchmark_memory(model, length, rounds=rounds)
-    figures = {"over_prompt": timed.ratio("slots", "prompt"), **sizes}
+    figures = {name: timed.ratio(name.removesuffix("_over_prompt"), "prompt") for name in MEMORY_RATIOS} | sizes
     text = (
-        f"first token {_milliseconds(timed, 'slots')} = {figures['over_prompt']:.3f} x with the context in the "
-        f"prompt; sharer cache {sizes['message'] / 1e6:.1f} MB, in 8 bits {sizes['message_int8'] / 1e6:.1f} MB"
+        f"first token warm {_milliseconds(timed, 'warm')} = {figures['warm_over_prompt']:.3f} x with the context in "
+        f"the prompt, cold {_milliseconds(timed, 'cold')} = {figures['cold_over_prompt']:.3f} x; sharer cache "
+        f"{sizes['message'] / 1e6:.1f} MB, in 8 bits {sizes['message_int8'] / 1e6:.1f} MB, "
+        f"{sizes['message_int8'] / length / 1e3:.1f} kB a token"
     )
     return _result("memory", {**setting, "length": length}, timed, figures, text)
 

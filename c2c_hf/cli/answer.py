@@ -1,12 +1,14 @@
 """The commands that answer: `c2c demo`, `c2c generate` and `c2c chat`."""
 
+import json
 import os
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
@@ -22,26 +24,36 @@ NoFusion = Annotated[bool, typer.Option("--no-fusion", help="Switch fusion off: 
 
 def demo(
     count: Annotated[int, typer.Option("--questions", metavar="N", min=1, help="How many questions.")] = 3,
-    document: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 text that only the sharer sees.")
+    documents: Annotated[
+        list[Path] | None,
+        typer.Option("--document", metavar="FILE", help="UTF-8 text that only the sharer sees; once per document."),
     ] = None,
     questions: Annotated[
-        list[str] | None, typer.Option("--question", metavar="TEXT", help="About the document; once per question.")
+        list[str] | None,
+        typer.Option(
+            "--question",
+            metavar="TEXT",
+            help="About the document; once per question. Without any, those with known answers in the file of the same "
+            "name with the ending .jsonl, which are counted.",
+        ),
     ] = None,
     max_new_tokens: NewTokens = 32,
 ) -> None:
     """Run the pair that installs from PyPI on a few questions, or on your document."""
     import torch
 
-    if (document is None) != (not questions):
-        raise ValueError("give both `--document` and `--question`, or neither.")
-    text = None if document is None else _document_text(document)
+    if questions and (documents is None or len(documents) != 1):
+        raise ValueError("give one `--document` with `--question`.")
+    asked = [
+        _AskedDocument(path, _document_text(path), _known_questions(path) if not questions else _unknown(questions))
+        for path in documents or []
+    ]
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     print("Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)")
-    if text is None:
-        _answer_questions(count, max_new_tokens)
+    if asked:
+        _answer_about(asked, max_new_tokens)
     else:
-        _answer_about(text, questions or [], max_new_tokens)
+        _answer_questions(count, max_new_tokens)
 
 
 def generate(
@@ -102,6 +114,34 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
+class _AskedDocument(NamedTuple):
+    """A document and its questions, each with the accepted answers; none where they are not known."""
+
+    path: Path
+    text: str
+    questions: list[tuple[str, list[str]]]
+
+
+def _unknown(questions: list[str]) -> list[tuple[str, list[str]]]:
+    return [(question, []) for question in questions]
+
+
+def _known_questions(document: Path) -> list[tuple[str, list[str]]]:
+    path = document.with_suffix(".jsonl")
+    if not path.is_file():
+        raise ValueError(f"give `--question`, or questions with `answers` in {str(path)!r}.")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            questions.append((str(row["question"]), [str(answer) for answer in row["answers"]]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"Row {number} of {path.name} must hold `question` and `answers`, but {line!r:.60} does not."
+            ) from error
+    return questions
+
+
 def _document_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
@@ -126,19 +166,40 @@ def _answer_questions(count: int, max_new_tokens: int) -> None:
         _print_answers(compare_models(model, processor, prompt, max_new_tokens, plain=True))
 
 
-def _answer_about(document: str, questions: list[str], max_new_tokens: int) -> None:
+def _answer_about(documents: list[_AskedDocument], max_new_tokens: int) -> None:
     from ..demo import from_pretrained
-    from ..demo.compare import compare_contexts, prefill_document
+    from ..demo.compare import compare_contexts, contains_answer, prefill_document
 
     model, processor = from_pretrained("memory", dtype="float32")
     print("Fuser: `memory`, which comes with this package (model_cards/memory.md).")
-    start = time.perf_counter()
-    sharer_cache = prefill_document(model, processor, document)
-    num_tokens, seconds = sharer_cache.input_ids.shape[1], time.perf_counter() - start
-    print(f"The sharer prefilled the document, {num_tokens} tokens, in {seconds:.2f} s.")
-    for question in questions:
-        print(f"\n{question}")
-        _print_answers(compare_contexts(model, processor, question, document, sharer_cache, max_new_tokens))
+    prefilled = []
+    for document in documents:
+        start = time.perf_counter()
+        prefilled.append(prefill_document(model, processor, document.text))
+        num_tokens, seconds = prefilled[-1].cache.input_ids.shape[1], time.perf_counter() - start
+        print(f"The sharer prefilled {document.path.name}, {num_tokens} tokens, in {seconds:.2f} s.")
+    num_right: Counter[str] = Counter()
+    num_asked = 0
+    for index, document in enumerate(documents):
+        # The control: memory of the next page.
+        other = prefilled[(index + 1) % len(prefilled)] if len(prefilled) > 1 else None
+        for question, accepted in document.questions:
+            print(f"\n{question}" + (f" (right: {accepted[0]})" if accepted else ""))
+            answers = compare_contexts(model, processor, question, prefilled[index], other, max_new_tokens)
+            _print_answers(answers)
+            if accepted:
+                right = {name for name, answer in answers.items() if contains_answer(answer.text, accepted)}
+                num_asked += 1
+                num_right.update(right)
+                num_right["prompt and slots"] += {"in the prompt", "memory slots"} <= right
+    if num_asked:
+        names = [name for name in ("no document", "in the prompt", "memory slots", "another page") if name in answers]
+        print(f"\nOf {num_asked} questions, the answer contains the right one: ", end="")
+        print(", ".join(f"{name} {num_right[name]}" for name in names), end=". ")
+        print(
+            f"Of the {num_right['in the prompt']} that the receiver answers with the document in its prompt, memory "
+            f"slots answer {num_right['prompt and slots']}."
+        )
 
 
 def _print_answers(answers: "Mapping[str, Answer]") -> None:

@@ -1,7 +1,8 @@
 """The same question answered side by side: by each model, or about a document with and without memory slots."""
 
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -60,7 +61,7 @@ def answer_with_fusion(
         max_new_tokens: Length of the answer.
         plain: Take the question as plain text, without chat templates.
         sharer_context: Text that only the sharers see.
-        sharer_cache: The sharer's cache of the context, see [`prefill_document`]. `None`: it prefills here.
+        sharer_cache: The sharer's cache of the context. `None`: it prefills here.
     """
     inputs = encode_question(processor, question, plain, sharer_context).to(model.device)
     out = model.generate(**inputs, sharer_caches=sharer_cache, max_new_tokens=max_new_tokens, do_sample=False)
@@ -118,7 +119,20 @@ def compare_models(
     return _timed(answers)
 
 
-def prefill_document(model: C2CForCausalLM, processor: C2CProcessor, document: str) -> SharerCache:
+@dataclass
+class PrefilledDocument:
+    """A document that the sharer has prefilled, for any number of questions.
+
+    Attributes:
+        text: The document.
+        cache: The sharer's cache of it.
+    """
+
+    text: str
+    cache: SharerCache
+
+
+def prefill_document(model: C2CForCausalLM, processor: C2CProcessor, document: str) -> PrefilledDocument:
     """Prefill the first sharer with a document, for any number of questions about it.
 
     Args:
@@ -128,15 +142,16 @@ def prefill_document(model: C2CForCausalLM, processor: C2CProcessor, document: s
     """
     # What stands in the prompt does not matter: the sharer sees the context only.
     inputs = processor("?", sharer_context=document)
-    return SharerCache.prefill(model.sharers[0], inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
+    cache = SharerCache.prefill(model.sharers[0], inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
+    return PrefilledDocument(document, cache)
 
 
 def compare_contexts(
     model: C2CForCausalLM,
     processor: C2CProcessor,
     question: str,
-    document: str,
-    sharer_cache: SharerCache,
+    document: PrefilledDocument,
+    other: PrefilledDocument | None = None,
     max_new_tokens: int = 48,
 ) -> dict[str, Answer]:
     """Answer a question about a document without it, with it in the receiver's prompt, and from memory slots.
@@ -145,22 +160,28 @@ def compare_contexts(
         model: A pair with `mode="memory"`.
         processor: Its processor.
         question: A user's message.
-        document: The text.
-        sharer_cache: The sharer's cache of the document, see [`prefill_document`].
+        document: The document, see [`prefill_document`].
+        other: Another one, for the control: memory slots of a document that the question is not about. `None`: none.
         max_new_tokens: Length of each answer.
 
     Returns:
-        Answers by `"no document"`, `"in the prompt"` and `"memory slots"`.
+        Answers by `"no document"`, `"in the prompt"`, `"memory slots"` and, with `other`, `"another page"`.
     """
     receiver = partial(answer_with_model, model.receiver, processor.tokenizer, max_new_tokens=max_new_tokens)
     memory = partial(answer_with_fusion, model, processor, question, max_new_tokens)
-    return _timed(
-        {
-            "no document": partial(receiver, question),
-            "in the prompt": partial(receiver, f"{document}\n\n{question}"),
-            "memory slots": partial(memory, sharer_context=document, sharer_cache=sharer_cache),
-        }
-    )
+    answers = {
+        "no document": partial(receiver, question),
+        "in the prompt": partial(receiver, f"{document.text}\n\n{question}"),
+        "memory slots": partial(memory, sharer_context=document.text, sharer_cache=document.cache),
+    }
+    if other is not None:
+        answers["another page"] = partial(memory, sharer_context=other.text, sharer_cache=other.cache)
+    return _timed(answers)
+
+
+def contains_answer(text: str, answers: Sequence[str]) -> bool:
+    """Say whether a text contains one of the accepted answers as whole words, upper or lower case."""
+    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in answers)
 
 
 def _user(question: str) -> dict[str, str]:

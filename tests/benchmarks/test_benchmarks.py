@@ -86,7 +86,7 @@ def test_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ]
     for result in results:
         assert result["dtype"] == "bfloat16" and result["part"] in result["line"]
-        ratio = {"decode": "over_receiver", "memory": "over_prompt"}.get(result["part"], "over_floor")
+        ratio = {"decode": "over_receiver", "memory": "warm_over_prompt"}.get(result["part"], "over_floor")
         assert result[ratio] > 0
     assert results[-1]["message_int8"] < results[-1]["message"]
     json.dumps(results)

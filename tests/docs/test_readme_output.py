@@ -19,7 +19,7 @@ def test_answers_from_memory_slots(real_pair: tuple[str, str]) -> None:
     questions = [words[index + 1] for index, word in enumerate(words) if word == "--question"]
     printed = re.findall(r"^  memory slots +[\d.]+ s  (.*)$", README, re.MULTILINE)
     model, processor = from_pretrained("memory", dtype="float32")
-    sharer_cache = prefill_document(model, processor, f"{document}\n")
+    sharer_cache = prefill_document(model, processor, f"{document}\n").cache
     answers = [
         answer_with_fusion(model, processor, question, 32, sharer_context=f"{document}\n", sharer_cache=sharer_cache)
         for question in questions
