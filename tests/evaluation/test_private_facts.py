@@ -5,6 +5,7 @@ import re
 import pytest
 
 from c2c_hf.evaluation.tasks.private_facts import NUM_CHOICES, private_facts
+from c2c_hf.evaluation.tasks.private_notes import private_notes
 
 
 def test_rows() -> None:
@@ -35,3 +36,21 @@ def test_splits_share_nothing() -> None:
 def test_refused() -> None:
     with pytest.raises(ValueError, match="`split` must be one of"):
         private_facts(1, split="validation")
+
+
+def test_notes_are_other_facts() -> None:
+    """No name of `private_facts`; the answer is one word of the note, and no other choice is."""
+    rows = private_notes(300, seed=3)
+    assert rows == private_notes(300, seed=3) != private_notes(300, seed=4)
+    facts = [row for split in ("train", "test") for row in private_facts(2000, split=split)]
+    known = {word for row in facts for word in re.findall(r"\w+", row["sharer_context"])}
+    for row in rows:
+        assert len(set(row["choices"])) == NUM_CHOICES
+        (found,) = [choice for choice in row["choices"] if choice in re.findall(r"\w+", row["sharer_context"])]
+        assert row["choices"][row["answer"]] == found
+        name = re.search(r"[A-Z]\w+ [A-Z]\w+", row["question"].partition(" ")[2])
+        assert name is not None
+        (sentence,) = [s for s in row["sharer_context"].split(". ") if name.group() in s]
+        assert found in sentence
+        assert not set(name.group().split()) & known
+    assert len({row["answer"] for row in rows}) == NUM_CHOICES

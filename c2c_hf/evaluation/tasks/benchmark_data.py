@@ -12,12 +12,18 @@ from datasets import Dataset, DatasetDict, get_dataset_config_names, load_datase
 from huggingface_hub import hf_hub_download
 
 from .private_facts import private_facts
+from .private_notes import private_notes
 
 #: A row of a benchmark, as JSON: `id`, `question`, and `choices` with `answer` (an index) or `answers`.
 Row: TypeAlias = dict[str, Any]
 
 LETTERS = "ABCDEFGHIJ"
-#: Number of private facts for each of `_PRIVATE_SEEDS`.
+#: Data sets that are generated: made-up facts in two wordings.
+_GENERATED: dict[str, Callable[[int, int], list[Row]]] = {
+    "private_facts": private_facts,
+    "private_notes": private_notes,
+}
+#: Number of their rows for each of `_PRIVATE_SEEDS`.
 NUM_PRIVATE_FACTS = 500
 _PRIVATE_SEEDS = (0, 1, 2)
 #: What every row of a data set must have.
@@ -118,8 +124,8 @@ def load(dataset: str, data_dir: str | None = None, **_: Any) -> DatasetDict:
         FileNotFoundError: The folder has no such file.
         ValueError: A line is not JSON, or lacks a column.
     """
-    if dataset == "private_facts":
-        return _as_split(_private_facts_rows(), "choice")
+    if dataset in _GENERATED:
+        return _as_split(_generated_rows(_GENERATED[dataset]), "choice")
     source = SOURCES[dataset]
     rows = _from_hub(source) if data_dir is None else _from_folder(dataset, source, Path(data_dir))
     # MMLU-Redux marks items without a right choice.
@@ -132,8 +138,8 @@ def _as_split(rows: list[Row], kind: str) -> DatasetDict:
     return DatasetDict({"test": Dataset.from_list([{name: row.get(name, "") for name in columns} for row in rows])})
 
 
-def _private_facts_rows() -> list[Row]:
-    made = ((seed, row) for seed in _PRIVATE_SEEDS for row in private_facts(NUM_PRIVATE_FACTS, seed))
+def _generated_rows(generate: Callable[[int, int], list[Row]]) -> list[Row]:
+    made = ((seed, row) for seed in _PRIVATE_SEEDS for row in generate(NUM_PRIVATE_FACTS, seed))
     return [{**row, "context": row["sharer_context"], "subject": f"seed {seed}"} for seed, row in made]
 
 
