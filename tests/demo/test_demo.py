@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from importlib.machinery import ModuleSpec
 from importlib.resources import files
 from pathlib import Path
@@ -142,7 +144,7 @@ def test_the_general_fuser_is_small_and_has_a_card():
 
 def test_the_memory_fuser_is_small_and_has_a_card():
     folder = Path(demo.shipped_fuser("memory"))
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 40e6
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["mode"] == "memory"
     card = ModelCard.load(ROOT / "model_cards" / "memory.md")
@@ -151,7 +153,7 @@ def test_the_memory_fuser_is_small_and_has_a_card():
 
 @pytest.mark.real_pair
 def test_memory_slots_carry_content(real_pair):
-    """The receiver answers from contexts that only the sharer prefills; no name, value or wording is from training."""
+    """The receiver answers from contexts that only the sharer prefills; no such fact is in the training data."""
     model, processor = demo.from_pretrained("memory", dtype="float32")
     rows = private_facts(30, seed=9)
     contexts = [row["sharer_context"] for row in rows]
@@ -181,9 +183,23 @@ def test_a_document_of_the_users_own(real_pair, tmp_path, capsys):
     command = ["demo", "--document", str(document), "--question", "What is the keeper of the lighthouse called?"]
     assert main([*command, "--max-new-tokens", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "The sharer prefilled the document" in printed
+    assert "The sharer prefilled document.txt" in printed
     assert all(f"  {name}" in printed for name in ("no document", "in the prompt", "memory slots"))
-    assert main(command[:3]) == 1 and "both `--document` and `--question`" in capsys.readouterr().err
+    assert main(command[:3]) == 1 and "give `--question`, or questions with `answers` in" in capsys.readouterr().err
+    assert main(["demo", *command[3:]]) == 1 and "give one `--document` with" in capsys.readouterr().err
+    known = document.with_suffix(".jsonl")
+    known.write_text('{"question": "Who?"}', encoding="utf-8")
+    assert main(command[:3]) == 1 and "Row 1 of document.jsonl must hold" in capsys.readouterr().err
+    known.write_text('{"question": "What color is it?", "answers": ["Green"]}\n' * 2, encoding="utf-8")
+    shutil.copy(document, tmp_path / "other.txt")
+    shutil.copy(known, tmp_path / "other.jsonl")
+    both = ["demo", "--document", str(document), "--document", str(tmp_path / "other.txt"), "--max-new-tokens", "8"]
+    assert main(both) == 0
+    printed = capsys.readouterr().out
+    # The other page is the same here.
+    assert printed.count("  another page") == 4 and "Of 4 questions" in printed
+    right = re.search(r"memory slots (\d), another page (\d)\.", printed)
+    assert right is not None and right[1] == right[2]
     document.write_bytes(b"\xff\xfe")
     assert main(command) == 1 and "is not UTF-8 text" in capsys.readouterr().err
     document.write_text(" \n", encoding="utf-8")
@@ -202,7 +218,10 @@ def test_one_loader_for_shipped_and_saved_fusers(monkeypatch, tmp_path):
     monkeypatch.setattr(C2CForCausalLM, "from_pretrained", lambda *a, **k: calls.append((*a, k)) or Model)
     monkeypatch.setattr(C2CProcessor, "from_pretrained", lambda *a, **k: calls.append((*a, k)))
     monkeypatch.setattr(C2CProcessor, "from_receiver_and_sharers", lambda *a, **k: calls.append((*a, k)))
-    folder, fields = demo.shipped_fuser("memory"), {"mode": "memory", "memory_sink_tokens": 2}
+    folder, fields = (
+        demo.shipped_fuser("memory"),
+        {"mode": "memory", "memory_grid": "receiver", "memory_sink_tokens": 2},
+    )
 
     def loaded(*args, **kwargs):
         calls.clear()
