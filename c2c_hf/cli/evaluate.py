@@ -44,6 +44,25 @@ def evaluate(
     data_dir: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="JSON Lines in place of data from the Hub.")
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Of the task reading: JSON Lines of context, question, answers.",
+            show_default="none",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of a passage of the task reading, in characters.")
+    ] = 2000,
+    baselines: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keeps the answers of the task reading that no fuser changes.",
+            show_default="reading_baselines.jsonl beside the run's folder",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Items per task, drawn at random.", show_default="all")
     ] = None,
@@ -75,13 +94,15 @@ def evaluate(
 
     The same command continues an interrupted run.
     """
-    from ..evaluation.evaluate import DEFAULT_METHODS, DEFAULT_TASKS
+    from ..evaluation.evaluate import DEFAULT_TASKS
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.methods.registry import METHODS
+    from ..evaluation.reading import headline
+    from ..evaluation.tasks.reading import READING
     from ..evaluation.tasks.task import task_names
 
     if tasks == ["?"] or methods == ["?"]:
-        print("Tasks: " + ", ".join(task_names()))
+        print("Tasks: " + ", ".join([*task_names(), f"{READING} (with --data)"]))
         print("\n".join(["Methods:", *(f"  {name:<21} {text}" for name, text in METHODS.items())]))
         return
     template_kwargs = _parse_kwargs(chat_template_kwargs)
@@ -95,8 +116,8 @@ def evaluate(
         c2c,
         processor,
         folder,
-        tasks=tasks or DEFAULT_TASKS,
-        methods=methods or DEFAULT_METHODS,
+        tasks=tasks or ([READING] if data else DEFAULT_TASKS),
+        methods=methods,
         data_dir=data_dir,
         limit=limit,
         batch_size=batch_size,
@@ -108,7 +129,12 @@ def evaluate(
         chat_template_kwargs=template_kwargs,
         background_tokens=background_tokens,
         fusion_fuser=other_fusion,
+        data=data or (),
+        max_length=max_length,
+        baselines=baselines,
     )
+    for line in headline(metrics["reading"]):
+        print(line.replace("**", ""))
     for result in metrics["results"]:
         low, high = result["interval"]
         print(

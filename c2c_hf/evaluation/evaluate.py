@@ -8,19 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.receiver_adapter import has_adapter
+from ..inference.fingerprints import fingerprint
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .methods.answerer import ModelAnswerer
 from .methods.registry import DERIVED_METHODS, ModelWithProcessor, build_methods
+from .reading import BaselineFile, answer_reading, compute_reading
 from .report import write_report
 from .results import compute_results
 from .run_records import Json, RunFolder, write_json
 from .runner import answer_tasks
+from .tasks.reading import MAX_LENGTH, READING, load_reading
 from .tasks.task import load_tasks
 
 DEFAULT_TASKS = ("arc_challenge", "openbookqa")
 #: Both models without fusion, C2C, and the two controls that a gain must be measured against.
 DEFAULT_METHODS = ("receiver", "sharer", "c2c", "mismatched", "fusion_off")
+#: Where all tasks are questions about passages.
+READING_METHODS = ("receiver", "receiver_with_context", "sharer", "c2c", "mismatched")
 _PACKAGES = ("c2c_hf", "torch", "transformers", "tokenizers", "datasets", "evaluate", "lm_eval", "scipy")
 
 
@@ -29,7 +34,7 @@ def evaluate(
     processor: C2CProcessor,
     output: str | Path,
     tasks: Sequence[str] = DEFAULT_TASKS,
-    methods: Sequence[str] = DEFAULT_METHODS,
+    methods: Sequence[str] | None = None,
     data_dir: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -41,6 +46,9 @@ def evaluate(
     chat_template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
     fusion_fuser: ModelWithProcessor | None = None,
+    data: Sequence[str | Path] = (),
+    max_length: int = MAX_LENGTH,
+    baselines: str | Path | None = None,
 ) -> Json:
     """Evaluate a fuser against baselines and controls on the same items.
 
@@ -50,8 +58,9 @@ def evaluate(
         model: The C2C model.
         processor: Its processor.
         output: Folder of the run: `predictions.jsonl`, `metrics.json`, `report.md`, plots and the configuration.
-        tasks: Names of tasks, see `c2c evaluate --help`.
-        methods: Names of methods, see `METHODS`.
+        tasks: Names of tasks, see `c2c evaluate --help`; `"reading"` for questions about the passages of `data`.
+        methods: Names of methods, see `METHODS`. `None`: `READING_METHODS` where `"reading"` is the only task, else
+            `DEFAULT_METHODS`.
         data_dir: Folder of JSON Lines; `None`: data from the Hub.
         limit: Items per task, drawn at random by `seed`; `None`: all.
         batch_size: Number of prompts per batch.
@@ -63,6 +72,10 @@ def evaluate(
         chat_template_kwargs: Arguments of every chat template, such as `{"enable_thinking": False}`.
         background_tokens: Maximum length of the background of the method `text_to_text`.
         fusion_fuser: A fuser with `mode="fusion"`, for the method `same_text_fusion`.
+        data: JSON Lines files for `"reading"`, see [`~tasks.reading.load_reading`].
+        max_length: Longest passage of `"reading"` in characters.
+        baselines: JSON Lines file that keeps the answers of `FUSER_FREE_METHODS` to `"reading"` for evaluations of
+            other fusers. `None`: `reading_baselines.jsonl` beside the folder of the run.
 
     Returns:
         The content of `metrics.json`.
@@ -72,6 +85,10 @@ def evaluate(
             contexts.
         FileNotFoundError: The data are missing.
     """
+    if (READING in tasks) != bool(data):
+        raise ValueError(f"`data` must name the files of the task 'reading', but got {list(data)} with {list(tasks)}.")
+    if methods is None:
+        methods = READING_METHODS if set(tasks) == {READING} else DEFAULT_METHODS
     if "routing" in methods:
         # It is computed from these methods' records.
         methods = list(dict.fromkeys(["receiver", "sharer", *methods]))
@@ -85,7 +102,9 @@ def evaluate(
         background_tokens,
         fusion_fuser,
     )
-    loaded = load_tasks(tasks, None if data_dir is None else str(data_dir), limit, seed)
+    named = [task for task in tasks if task != READING]
+    loaded = load_tasks(named, None if data_dir is None else str(data_dir), limit, seed) if named else []
+    reading = [load_reading(path, limit, seed, max_length) for path in data]
     without_context = [task.name for task in loaded if not any(item.context for item in task.items)]
     if model.config.mode == "memory" and without_context:
         raise ValueError(
@@ -103,25 +122,32 @@ def evaluate(
         adapter=adapter,
         chat_template_kwargs=chat_template_kwargs,
         background_tokens=background_tokens,
+        **({"data": [str(path) for path in data], "max_length": max_length} if data else {}),
     )
     folder = RunFolder(output, settings)
     answer_tasks(folder, loaded, built, batch_size, seed, chat, max_new_tokens)
+    if reading:
+        path = folder.path.absolute().parent / "reading_baselines.jsonl" if baselines is None else Path(baselines)
+        stored = BaselineFile(path, _baseline_settings(model, settings), built)
+        answer_reading(folder, reading, built, stored, batch_size, chat, max_new_tokens)
     sizes = {
         name: method.base_model.num_parameters()
         for name, method in built.items()
         if name.startswith("sharer") and isinstance(method, ModelAnswerer)
     }
     # Earlier calls may have recorded more methods.
-    recorded = (record["method"] for record in folder.records)
+    compared = [record for record in folder.records if "loglikelihood" not in record]
+    recorded = (record["method"] for record in compared)
     results = compute_results(
-        folder.records,
+        compared,
         list(dict.fromkeys([*built, *recorded, *(method for method in methods if method in DERIVED_METHODS)])),
         max(sizes, key=lambda name: sizes[name], default="sharer"),
         seed,
     )
+    results["reading"] = compute_reading([record for record in folder.records if "loglikelihood" in record], seed)
     metrics = {**results, "versions": versions(), "seed": seed, "config": settings, "batch_size": batch_size}
     write_json(folder.path / "metrics.json", metrics)
-    write_report(folder.path, metrics, folder.records)
+    write_report(folder.path, metrics, compared)
     return metrics
 
 
@@ -151,6 +177,22 @@ def _settings(model: C2CForCausalLM, **options: object) -> Json:
         "dtype": str(model.receiver.dtype).removeprefix("torch."),
         "device": str(model.device),
         **options,
+    }
+
+
+def _baseline_settings(model: C2CForCausalLM, settings: Json) -> Json:
+    """Return what answers without a fuser depend on beside the item."""
+    config = model.config
+    return {
+        "receiver": config.receiver_fingerprint or fingerprint(model.receiver),
+        "sharers": [
+            recorded.fingerprint or fingerprint(sharer)
+            for recorded, sharer in zip(config.sharers, model.sharers, strict=True)
+        ],
+        **{
+            name: settings[name]
+            for name in ("dtype", "chat", "max_new_tokens", "chat_template_kwargs", "background_tokens")
+        },
     }
 
 

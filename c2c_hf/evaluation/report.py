@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .methods.registry import METHODS
+from .reading import headline, tables
 from .run_records import Json, Record, group_records
 
 if TYPE_CHECKING:
@@ -34,10 +35,15 @@ def write_report(folder: Path, metrics: Json, records: Sequence[Record]) -> None
     plots: list[str | None] = []
     if find_spec("matplotlib") is None:
         logger.warning('The report has no plots, since matplotlib is missing: run `pip install "c2c_hf[eval]"`.')
-    else:
+    elif metrics["results"]:
         plots = [_plot_accuracy(folder, metrics), _plot_latency(folder, metrics), _plot_subjects(folder, records)]
         plots.append(_plot_selective_fusion(folder, metrics))
-    lines = ["# Evaluation", "", *_headline(metrics), *_tables(metrics), *_failures(records)]
+    lines = ["# Evaluation", ""]
+    if metrics["reading"]:
+        lines += [f"{line}\n" for line in headline(metrics["reading"])]
+        lines += tables(metrics["reading"], METHODS)
+    if metrics["results"]:
+        lines += [*_headline(metrics), *_tables(metrics), *_failures(records)]
     lines += [f"![{name}]({name})" for name in plots if name]
     lines += ["", "## How it was run", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in {**metrics["config"], **metrics["versions"]}.items()]

@@ -59,10 +59,7 @@ class RunFolder:
     def append(self, records: Iterable[Record]) -> None:
         """Add answered items; they are on the disk when this returns."""
         new = list(records)
-        with self.predictions.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.predictions, new)
         self.records += new
 
     def _load_records(self) -> list[Record]:
@@ -85,6 +82,14 @@ class RunFolder:
         if missing:
             raise ValueError(f"{place} lacks {missing}: delete that line, and its item is answered again.")
         return record
+
+
+def append_lines(path: Path, rows: Iterable[Json]) -> None:
+    """Add rows to a JSON Lines file; they are on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def group_records(records: Iterable[Record]) -> dict[str, dict[str, dict[str, Record]]]:

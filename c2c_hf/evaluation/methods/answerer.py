@@ -38,6 +38,8 @@ class Query:
         question: The bare question, for methods that ask a sharer about it first.
         context: A text that the question is about, for sharers and methods that prefill it; may be empty.
         mismatched_context: Another question's context.
+        max_answer_tokens: Where continuations are whole answers, each is scored up to this number of tokens, and a
+            shorter one with the end-of-sequence token. `None`: continuations are scored as they are.
     """
 
     prompt: Prompt
@@ -47,6 +49,7 @@ class Query:
     question: str = ""
     context: str = ""
     mismatched_context: str = ""
+    max_answer_tokens: int | None = None
 
     def with_context_in_prompt(self) -> "Query":
         """Return the query with its context at the beginning of its prompt."""
@@ -299,6 +302,10 @@ class Answerer(Method):
         tokenized = [ids(stripped + spaces + text)[length:] for text in texts]
         if not all(tokenized):
             raise ValueError(f"`continuations` must each give at least one token, but got {list(texts)!r:.200}.")
+        if query.max_answer_tokens is not None:
+            end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+            limit = query.max_answer_tokens
+            tokenized = [[*row, *end] if len(row) <= limit else row[:limit] for row in tokenized]
         return tokenized
 
     def _template_arguments(self, query: Query) -> dict[str, Any]:

@@ -66,7 +66,10 @@ class TextToText(Method):
         requests = [self._request(query) for query in queries]
         backgrounds = self.sharer.generate(requests, self.max_background_tokens, ("\n",))
         extended = [
-            Query(prepend_text(f"Background: {_BEGINNING} {background.text.strip()}\n\n", query.prompt))
+            Query(
+                prepend_text(f"Background: {_BEGINNING} {background.text.strip()}\n\n", query.prompt),
+                max_answer_tokens=query.max_answer_tokens,
+            )
             for query, background in zip(queries, backgrounds, strict=True)
         ]
         return extended, backgrounds

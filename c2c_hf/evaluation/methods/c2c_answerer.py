@@ -12,12 +12,42 @@ from transformers import BatchFeature, DynamicCache, PreTrainedModel, PreTrained
 from ..._compat import CACHE_ARGUMENT
 from ...fusers.c2c import C2CFuser
 from ...inference.cache import C2CCache
-from ...inference.sharer_cache import prefill_sharer
+from ...inference.sharer_cache import SharerCache, prefill_sharer
 from ...modeling_c2c import C2CForCausalLM
 from ...processing_c2c import C2CProcessor
 from .answerer import Answerer, PromptBatch, Query, synchronized_time
 from .controls import Control
 from .gate_weights import record_gate_weights
+
+
+class SharerPrefills:
+    """The last prefilled batch of every sharer, of which later batches with the same texts take rows."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, SharerCache] = {}
+
+    def prefill(self, index: int, sharer: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> SharerCache:
+        """Return a cache of its own, from the last batch if that has every row of this one.
+
+        Args:
+            index: Of the sharer.
+            sharer: The sharer.
+            ids: `(batch_size, sharer_len)`.
+            mask: `(batch_size, sharer_len)`.
+        """
+        last, rows = self._last.get(index), None
+        if last is not None and last.input_ids.shape[1] == ids.shape[1]:
+            is_same = (ids[:, None] == last.input_ids) & (mask[:, None] == last.attention_mask)
+            found = is_same.all(-1)
+            rows = found.int().argmax(1) if bool(found.any(1).all()) else None
+        if last is None or rows is None:
+            # The old batch is freed first.
+            self._last.pop(index, None)
+            last, rows = prefill_sharer(sharer, ids, mask), torch.arange(len(ids), device=ids.device)
+            self._last[index] = last
+        taken = last.copy()
+        taken.select_rows(rows)
+        return taken
 
 
 @dataclass
@@ -28,11 +58,13 @@ class C2CAnswerer(Answerer):
         c2c_model: The C2C model.
         processor: Its processor.
         control: What is changed between the sharers and the receiver.
+        prefills: Where other methods or calls prefill the same texts: what they share. `None`: every call prefills.
     """
 
     c2c_model: C2CForCausalLM
     processor: C2CProcessor
     control: Control = field(default_factory=Control)
+    prefills: SharerPrefills | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -120,8 +152,11 @@ class C2CAnswerer(Answerer):
         """Prefill the sharers, change their states by the control, and return a cache that the model continues."""
         cache = C2CCache(DynamicCache(config=self.c2c_model.receiver.config.get_text_config()))
         texts = zip(batch.sharer_input_ids, batch.sharer_attention_mask, strict=True)
-        for sharer, (ids, mask) in zip(self.c2c_model.sharers, texts, strict=True):
-            sharer_cache = prefill_sharer(sharer, ids, mask)
+        for index, (sharer, (ids, mask)) in enumerate(zip(self.c2c_model.sharers, texts, strict=True)):
+            if self.prefills is None:
+                sharer_cache = prefill_sharer(sharer, ids, mask)
+            else:
+                sharer_cache = self.prefills.prefill(index, sharer, ids, mask)
             self.control.change_states(sharer_cache, seeds)
             cache.sharer_caches.append(sharer_cache)
         return cache

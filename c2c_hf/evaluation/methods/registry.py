@@ -11,7 +11,7 @@ from ...modeling_c2c import C2CForCausalLM
 from ...processing_c2c import C2CProcessor
 from .answerer import Answerer, Method, ModelAnswerer
 from .baselines import TextToText
-from .c2c_answerer import C2CAnswerer
+from .c2c_answerer import C2CAnswerer, SharerPrefills
 from .controls import CONTROLS
 from .payload_ablations import PAYLOAD_ABLATIONS
 
@@ -44,6 +44,8 @@ METHODS = {
     "int8_states": "C2C, but the sharers' states are rounded to 8 bits",
     "int4_states": "C2C, but the sharers' states are rounded to 4 bits",
 }
+#: Those that do not depend on the fuser; a method of one of several sharers has its number behind its name.
+FUSER_FREE_METHODS = ("receiver", "receiver_with_context", "sharer", "text_to_text")
 #: Computed from other methods' records, see [`~baselines.route_queries`].
 DERIVED_METHODS = ("routing",)
 
@@ -85,9 +87,12 @@ def build_methods(
     ]
     controls = {**CONTROLS, **PAYLOAD_ABLATIONS}
     methods: dict[str, Method] = {}
+    prefills = SharerPrefills()
     for name in names:
         if name in controls:
-            methods[name] = C2CAnswerer(model, processor, controls[name])
+            # A control may change the states in place.
+            shared = None if controls[name].changes_states else prefills
+            methods[name] = C2CAnswerer(model, processor, controls[name], shared)
         elif name == "receiver":
             methods[name] = receiver
         elif name == "receiver_with_context":

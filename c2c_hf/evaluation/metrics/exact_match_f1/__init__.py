@@ -1,5 +1,5 @@
 """`ExactMatchF1`."""
 
-from .exact_match_f1 import ExactMatchF1, normalize_answer
+from .exact_match_f1 import AnswerScores, ExactMatchF1, answer_scores, normalize_answer
 
-__all__ = ["ExactMatchF1", "normalize_answer"]
+__all__ = ["AnswerScores", "ExactMatchF1", "answer_scores", "normalize_answer"]

@@ -2,6 +2,8 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import datasets
 import evaluate
@@ -52,19 +54,45 @@ class ExactMatchF1(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]], seed: int = 0) -> dict[str, object]:
-        pairs = [
-            (normalize_answer(prediction), [normalize_answer(answer) for answer in accepted])
-            for prediction, accepted in zip(predictions, references, strict=True)
-        ]
-        exact = [float(prediction in accepted) for prediction, accepted in pairs]
-        f1 = [max(_token_f1(prediction, answer) for answer in accepted) for prediction, accepted in pairs]
+        scores = [answer_scores(*pair) for pair in zip(predictions, references, strict=True)]
+        exact, f1 = [score.exact_match for score in scores], [score.f1 for score in scores]
         return {
             "exact_match": sum(exact) / len(exact),
             "exact_match_interval": list(wilson_interval(exact)),
             "f1": sum(f1) / len(f1),
             "f1_interval": list(bootstrap_interval(f1, seed)),
-            "num_items": len(pairs),
+            "num_items": len(scores),
         }
+
+
+class AnswerScores(NamedTuple):
+    """Scores of one generated answer, each 0 to 1, against the accepted answer that fits best.
+
+    Attributes:
+        exact_match: Whether the normalized texts are the same.
+        f1: Of the tokens of the normalized texts.
+        contains: Whether the tokens of an accepted answer stand in the generated one, in a row.
+    """
+
+    exact_match: float
+    f1: float
+    contains: float
+
+
+def answer_scores(prediction: str, accepted: Sequence[str]) -> AnswerScores:
+    """Score one generated answer.
+
+    Args:
+        prediction: The generated answer.
+        accepted: The accepted answers, at least one.
+    """
+    found, answers = normalize_answer(prediction), [normalize_answer(answer) for answer in accepted]
+    tokens = f" {' '.join(_TOKEN.findall(found))} "
+    return AnswerScores(
+        exact_match=float(found in answers),
+        f1=max(_token_f1(found, answer) for answer in answers),
+        contains=float(any(answer and f" {' '.join(_TOKEN.findall(answer))} " in tokens for answer in answers)),
+    )
 
 
 def normalize_answer(text: str) -> str:
