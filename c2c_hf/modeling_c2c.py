@@ -84,13 +84,14 @@ from .inference.memory_slots import (
 from .inference.prefill import (
     LayerStates,
     cached_states,
-    check_length,
     full_length_cache,
     input_device,
     last_positions,
     prefill,
     run_concurrently,
+    takes_position_ids,
 )
+from .inference.probe import check_length, check_padding, first_position
 from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
 from .inference.sharer_cache import SharerCache, prefill_sharer
 from .processing_c2c import C2CProcessor
@@ -136,7 +137,7 @@ def run_receiver(
     call |= {"input_ids": inputs.input_ids, CACHE_ARGUMENT: cache}
     if inputs.inputs_embeds is not None:
         call["inputs_embeds"] = inputs.inputs_embeds
-    if inputs.position_ids is not None and accepts_argument(receiver, "position_ids"):
+    if inputs.position_ids is not None and takes_position_ids(receiver):
         call["position_ids"] = inputs.position_ids
     keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
     if keeps_some and accepts_argument(receiver, "logits_to_keep"):
@@ -263,6 +264,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         self.receiver = receiver.requires_grad_(False).eval()
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
         record_layer_shapes(config, receiver, sharers)
+        self._first_position = first_position(receiver, "receiver")
         self.fuser = nn.ModuleList(build_fusers(config))
         self.fuser.to(device=input_device(receiver))
         for index, alignment in enumerate(config.token_alignments):
@@ -303,7 +305,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: `(batch_size, seq_len)`, the receiver's tokens; with a cache the new ones only.
             attention_mask: `(batch_size, past_len + seq_len)`, 0 at padding on either side. `None`: no padding.
             position_ids: `(batch_size, seq_len)`. `None`: counted from the mask. With `token_alignment="identity"`
-                also used for the sharer.
+                also used for the sharer, as positions counted from 0.
             cache: The receiver's cache: any of transformers', or a [`C2CCache`], into which `fuse_response` wraps it.
                 `None`: a new one.
             inputs_embeds: `(batch_size, seq_len, hidden_size)` in place of `input_ids`.
@@ -320,7 +322,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 receiver position, or -1. Exactly the aligned positions are fused; with `fuse_response` all from the
                 last prompt position on as well. `None`: all but the last prompt position, each with the same position
                 of the sharer. In memory mode, where it is required: the sharer position that fills each slot, or -1.
-            sharer_position_ids: `(batch_size, sharer_len)`. `None`: counted from the mask.
+            sharer_position_ids: `(batch_size, sharer_len)`, counted from 0. `None`: counted from the mask.
             past_key_values: The name of `cache` before transformers 5.24.
             sharer_caches: The sharers' caches of `sharer_input_ids`, prefilled elsewhere, in place of running them
                 here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
@@ -335,7 +337,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long.
         """
         cache = past_key_values if cache is None else cache
-        inputs = ReceiverInputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        inputs = ReceiverInputs(input_ids, inputs_embeds, attention_mask, position_ids, self._first_position)
         given = GivenSharerInputs(
             sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids, sharer_caches
         )
@@ -366,10 +368,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.receiver.config.get_text_config())
         if self.config.fuse_response and not isinstance(cache, C2CCache):
             cache = C2CCache(cache)
+        check_padding("receiver", self.receiver, inputs.attention_mask)
+        inputs = inputs.with_positions(cached_length(cache))
         first_kept = max(0, seq_len - num_kept)
         prefill_receiver: Callable[[], ReceiverPrefill]
         if isinstance(plan, MemoryPlan):
-            inputs = inputs.with_positions(cached_length(cache))
             prefill_receiver = partial(self._prefill_leading_tokens, plan, inputs)
         else:
             prefill_receiver = partial(self._prefill_fused_region, plan, inputs, cache, first_kept)
@@ -418,6 +421,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             length = inputs.seq_len + cached_length(cache)
             mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
         mask = hide_slots(mask, tensor_per_sharer(self.config, "sharer_alignment", given.alignment))
+        check_padding("receiver", self.receiver, mask)
         return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), []
 
     def _plan_fusion(

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from ..configuration_c2c import C2CConfig, one_per_sharer
 from ..inference.fingerprints import fingerprint, tokenizer_hash
-from ..inference.prefill import probe_layer_shapes
+from ..inference.probe import probe_layer_shapes
 from .download import HUB_KWARGS
 
 logger = logging.getLogger(__name__)
