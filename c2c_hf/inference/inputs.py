@@ -243,7 +243,8 @@ def sharer_inputs_from_tokens(
         if sharer.token_alignment == "span":
             raise ValueError(
                 "`sharer_input_ids` must be given with `token_alignment='span'`, since the sharer has a tokenization "
-                "of its own; use `C2CProcessor` to make all inputs."
+                "of its own; use `C2CProcessor` to make all inputs. As `assistant_model`, which gets none, pass the "
+                "receiver alone."
             )
         if table is None:
             columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
