@@ -24,13 +24,24 @@ def pop_cache(kwargs: dict[str, Any]) -> Cache | None:
 
 
 def accepts_argument(model: PreTrainedModel, name: str) -> bool:
-    """Say whether a model's `forward` has an argument of this name (ALiBi models have no `position_ids`)."""
+    """Say whether a model's `forward` names an argument."""
     return name in _arguments(type(model).forward)
+
+
+def accepts_keywords(model: PreTrainedModel) -> bool:
+    """Say whether a model's `forward` takes keyword arguments that it does not name."""
+    return _takes_keywords(type(model).forward)
 
 
 @functools.cache
 def _arguments(function: Callable) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
+
+
+@functools.cache
+def _takes_keywords(function: Callable) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def copy_cache(cache: Cache) -> Cache:

@@ -1,5 +1,6 @@
 """`C2CForCausalLM`: a frozen receiver, frozen sharers and the fusers between their key/value caches."""
 
+import copy
 import os
 import re
 import tempfile
@@ -21,6 +22,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -84,13 +86,14 @@ from .inference.memory_slots import (
 from .inference.prefill import (
     LayerStates,
     cached_states,
-    check_length,
     full_length_cache,
     input_device,
     last_positions,
     prefill,
     run_concurrently,
+    takes_position_ids,
 )
+from .inference.probe import check_length, check_padding, first_position
 from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
 from .inference.sharer_cache import SharerCache, prefill_sharer
 from .processing_c2c import C2CProcessor
@@ -102,6 +105,14 @@ SHARER_ARGUMENTS = (*_SHARER_TENSORS, "sharer_caches")
 _PUSH_ARGUMENTS = (
     *("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description", "subfolder"),
     *("processor", "receiver", "sharers", "card", "license", "evaluation", "training", "datasets", "tags"),
+)
+#: Arguments of transformers' `from_pretrained` that go to every base model.
+_BASE_MODEL_ARGUMENTS = ("quantization_config", "max_memory", "offload_folder", "offload_buffers", "tqdm_class")
+#: Those without effect: in transformers, or here, where code of base models is allowed in `receiver_kwargs` and
+#: `sharer_kwargs`. The Auto classes hand over some of them.
+_IGNORED_ARGUMENTS = (
+    *("trust_remote_code", "adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
+    *("low_cpu_mem_usage", "offload_state_dict", "mirror", "_fast_init", "from_tf", "from_flax"),
 )
 #: Models whose fusion is off in the current context, by identity. Other threads and tasks have contexts of their own.
 _fusion_disabled: ContextVar[frozenset[int]] = ContextVar("c2c_fusion_disabled", default=frozenset())
@@ -136,7 +147,7 @@ def run_receiver(
     call |= {"input_ids": inputs.input_ids, CACHE_ARGUMENT: cache}
     if inputs.inputs_embeds is not None:
         call["inputs_embeds"] = inputs.inputs_embeds
-    if inputs.position_ids is not None and accepts_argument(receiver, "position_ids"):
+    if inputs.position_ids is not None and takes_position_ids(receiver):
         call["position_ids"] = inputs.position_ids
     keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
     if keeps_some and accepts_argument(receiver, "logits_to_keep"):
@@ -264,6 +275,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         self.sharers = nn.ModuleList(sharer.requires_grad_(False).eval() for sharer in sharers)
         record_layer_shapes(config, receiver, sharers)
         config.receiver_embedding_size = receiver.get_input_embeddings().weight.shape[1]
+        self._first_position = first_position(receiver, "receiver")
         self.fuser = nn.ModuleList(build_fusers(config))
         self.fuser.to(device=input_device(receiver))
         for index, alignment in enumerate(config.token_alignments):
@@ -304,7 +316,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: `(batch_size, seq_len)`, the receiver's tokens; with a cache the new ones only.
             attention_mask: `(batch_size, past_len + seq_len)`, 0 at padding on either side. `None`: no padding.
             position_ids: `(batch_size, seq_len)`. `None`: counted from the mask. With `token_alignment="identity"`
-                also used for the sharer.
+                also used for the sharer, as positions counted from 0.
             cache: The receiver's cache: any of transformers', or a [`C2CCache`], into which `fuse_response` wraps it.
                 `None`: a new one.
             inputs_embeds: `(batch_size, seq_len, hidden_size)` in place of `input_ids`.
@@ -321,7 +333,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 receiver position, or -1. Exactly the aligned positions are fused; with `fuse_response` all from the
                 last prompt position on as well. `None`: all but the last prompt position, each with the same position
                 of the sharer. In memory mode, where it is required: the sharer position that fills each slot, or -1.
-            sharer_position_ids: `(batch_size, sharer_len)`. `None`: counted from the mask.
+            sharer_position_ids: `(batch_size, sharer_len)`, counted from 0. `None`: counted from the mask.
             past_key_values: The name of `cache` before transformers 5.24.
             sharer_caches: The sharers' caches of `sharer_input_ids`, prefilled elsewhere, in place of running them
                 here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
@@ -336,7 +348,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long.
         """
         cache = past_key_values if cache is None else cache
-        inputs = ReceiverInputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        use_cache = self._read_output_settings(use_cache, kwargs)
+        inputs = ReceiverInputs(input_ids, inputs_embeds, attention_mask, position_ids, self._first_position)
         given = GivenSharerInputs(
             sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids, sharer_caches
         )
@@ -367,10 +380,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.receiver.config.get_text_config())
         if self.config.fuse_response and not isinstance(cache, C2CCache):
             cache = C2CCache(cache)
+        check_padding("receiver", self.receiver, inputs.attention_mask)
+        inputs = inputs.with_positions(cached_length(cache))
         first_kept = max(0, seq_len - num_kept)
         prefill_receiver: Callable[[], ReceiverPrefill]
         if isinstance(plan, MemoryPlan):
-            inputs = inputs.with_positions(cached_length(cache))
             prefill_receiver = partial(self._prefill_leading_tokens, plan, inputs)
         else:
             prefill_receiver = partial(self._prefill_fused_region, plan, inputs, cache, first_kept)
@@ -416,6 +430,24 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             **{CACHE_ARGUMENT: None if use_cache is False else cache},
         )
 
+    def _read_output_settings(self, use_cache: bool | None, kwargs: dict[str, Any]) -> bool | None:
+        """Apply what the configuration says about outputs, where the caller says nothing.
+
+        Args:
+            use_cache: The caller's.
+            kwargs: The caller's other arguments; `output_hidden_states` and `output_attentions` are added.
+
+        Returns:
+            Whether to return the cache; `None`: the receiver's default.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, name, False):
+                kwargs.setdefault(name, True)
+        if use_cache is None:
+            # Only some configurations have this field.
+            use_cache = getattr(self.config, "use_cache", None)
+        return getattr(self.config.get_text_config(), "use_cache", None) if use_cache is None else use_cache
+
     def _collect_memory_inputs(
         self, inputs: ReceiverInputs, given: GivenSharerInputs, cache: Cache | None
     ) -> tuple[ReceiverInputs, list[SharerInputs]]:
@@ -427,6 +459,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             length = inputs.seq_len + cached_length(cache)
             mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
         mask = hide_slots(mask, tensor_per_sharer(self.config, "sharer_alignment", given.alignment))
+        check_padding("receiver", self.receiver, mask)
         return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), []
 
     def _plan_fusion(
@@ -809,6 +842,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         attn_implementation: str | None = None,
         verify_base_models: bool = True,
         load_sharers: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        use_safetensors: bool | None = None,
+        output_loading_info: bool = False,
         **kwargs: Any,
     ) -> "C2CForCausalLM":
         """Load a saved fuser together with its base models.
@@ -827,22 +863,34 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             verify_base_models: Compare the base models' weights and revisions with those recorded; of quantized ones,
                 whose weights cannot be compared, the vocabularies.
             load_sharers: `False`: load no sharer; pass `sharer_caches` to `forward` or `generate`.
+            state_dict: Weights of the fuser in place of the saved ones; those of base models are left out.
+            use_safetensors: `True`: base models, too, are loaded from safetensors only, as the fuser always is.
+            output_loading_info: Return the model and a dictionary of missing, unexpected and mismatched weights. They
+                are empty, since a checkpoint that does not fit is refused.
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
-                fuser is on the Hub; fields of [`C2CConfig`] and [`SharerConfig`] override the saved ones.
+                fuser is on the Hub; `quantization_config`, `max_memory`, `offload_folder`, `offload_buffers` and
+                `tqdm_class` go to every base model; fields of [`C2CConfig`] and [`SharerConfig`] override the saved
+                ones.
 
         Raises:
-            ValueError: The checkpoint or the base models do not fit.
+            ValueError: The checkpoint or the base models do not fit, or an argument has no meaning here.
             OSError: A file is missing.
         """
         name = str(pretrained_model_name_or_path)
         hub_kwargs = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
-        # The Auto classes hand these over; code of base models is allowed in `receiver_kwargs` and `sharer_kwargs`.
-        for key in ("trust_remote_code", "_from_auto", "adapter_kwargs", "_commit_hash"):
+        for key in _IGNORED_ARGUMENTS:
             kwargs.pop(key, None)
-        for key in ("gguf_file", "quantization_config", "max_memory"):
-            # lm-evaluation-harness hands these to every model, as None where it asks for nothing.
-            if key in kwargs and kwargs[key] is None:
-                del kwargs[key]
+        # lm-evaluation-harness hands some of these to every model, as None where it asks for nothing.
+        shared_kwargs = {key: kwargs.pop(key) for key in _BASE_MODEL_ARGUMENTS if key in kwargs}
+        if kwargs.pop("gguf_file", None) is not None:
+            raise ValueError(
+                "`gguf_file` names a file of one base model; pass it in `receiver_kwargs` or `sharer_kwargs`."
+            )
+        if use_safetensors is False:
+            raise ValueError(
+                "`use_safetensors` must be True or None: a fuser is saved as safetensors only. For a base model, pass "
+                "False in `receiver_kwargs` or `sharer_kwargs`."
+            )
         check_subfolder(hub_kwargs.get("subfolder"))
         if not isinstance(config, C2CConfig):
             config = C2CConfig.from_pretrained(name, **hub_kwargs)
@@ -860,7 +908,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         # Configuration and weights must be those of one commit, also where the repository changes in between.
         revision = resolve_revision(name, hub_kwargs)
         hub_kwargs.update({} if revision is None else {"revision": revision})
-        shared_kwargs = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        shared_kwargs |= {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        shared_kwargs["use_safetensors"] = use_safetensors
         shared_kwargs |= {key: hub_kwargs.get(key) for key in ("token", "cache_dir", "local_files_only")}
         shared_kwargs = {key: value for key, value in shared_kwargs.items() if value is not None}
         all_kwargs = [receiver_kwargs or {}, *kwargs_per_sharer(sharer_kwargs, config.num_sharers)]
@@ -872,12 +921,43 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(config, loaded_receiver, loaded_sharers)
         if verify_base_models:
             verify_weights(config, [loaded_receiver, *loaded_sharers], all_kwargs)
-        weights = load_fuser_weights(name, hub_kwargs)
+        if state_dict is None:
+            weights = load_fuser_weights(name, hub_kwargs)
+        else:
+            weights = {key: value for key, value in state_dict.items() if is_own_weight(key)}
         check_fuser_weights(weights, model._own_state_dict())
         model.load_state_dict(weights, strict=False)
         load_adapter(model.receiver, name, hub_kwargs)
         model.name_or_path = config.name_or_path or name
-        return model.eval()
+        model.eval()
+        if output_loading_info:
+            # Annotated as transformers annotates it: nearly every caller wants the model.
+            info: dict[str, Any] = {
+                "missing_keys": set(),
+                "unexpected_keys": set(),
+                "mismatched_keys": set(),
+                "error_msgs": [],
+            }
+            return cast("C2CForCausalLM", (model, info))
+        return model
+
+    @classmethod
+    def _from_config(cls, config: C2CConfig, **kwargs: Any) -> "C2CForCausalLM":
+        """Build a model with random weights, its base models in the asked-for precision and attention.
+
+        Args:
+            config: Left as it is.
+            **kwargs: `dtype` and `attn_implementation`, of all models.
+        """
+        config = copy.deepcopy(config)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        for base_config in (config.receiver_config, *(sharer.config for sharer in config.sharers)):
+            if isinstance(base_config, PreTrainedConfig):
+                if dtype is not None:
+                    base_config.dtype = dtype
+                if kwargs.get("attn_implementation") is not None:
+                    base_config._attn_implementation = kwargs["attn_implementation"]
+        return super()._from_config(config, **kwargs)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Let the fusers recompute hidden states in the backward pass; base models are frozen and stay as they are.
@@ -905,9 +985,60 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the receiver's input embeddings."""
         return self.receiver.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the receiver's input embeddings; lookup tables get as many entries, new ones without counterpart."""
+        self.receiver.set_input_embeddings(value)
+        self._resize_token_tables()
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the receiver's output embeddings."""
         return self.receiver.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the receiver's output embeddings."""
+        self.receiver.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Resize the receiver's embeddings, as its own method does, and what depends on its vocabulary.
+
+        With `token_alignment="identity"` the sharer's are resized as well, since it gets the same ids. In a lookup
+        table new tokens have no counterpart before [`set_token_table`] is called again. Saved folders hold no
+        embeddings: save the resized base models by themselves.
+
+        Args:
+            new_num_tokens: The new number. `None`: as it is.
+            pad_to_multiple_of: Round up to a multiple.
+            mean_resizing: How new rows are initialized, see transformers.
+
+        Returns:
+            The receiver's input embeddings.
+        """
+        same_ids = [
+            sharer
+            for sharer, alignment in zip(self.sharers, self.config.token_alignments, strict=True)
+            if alignment == "identity" and isinstance(sharer, PreTrainedModel)
+        ]
+        for model in (self.receiver, *same_ids):
+            parameters = dict(model.named_parameters())
+            model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            for name, parameter in model.named_parameters():
+                # New parameters are as frozen as those in whose place they are.
+                parameter.requires_grad_(name in parameters and parameters[name].requires_grad)
+        self._resize_token_tables()
+        return self.get_input_embeddings()
+
+    def _resize_token_tables(self) -> None:
+        size = self.receiver.get_input_embeddings().weight.shape[0]
+        for index, table in enumerate(self.token_tables):
+            if table is not None and len(table) != size:
+                rest = table.new_full((max(0, size - len(table)),), -1)
+                setattr(self, f"token_table_{index}", torch.cat([table[:size], rest]))
+        recorded = [self.config.receiver_config, *(sharer.config for sharer in self.config.sharers)]
+        for model, config in zip([self.receiver, *self.sharers], recorded, strict=True):
+            if isinstance(model, PreTrainedModel) and isinstance(config, PreTrainedConfig):
+                config.get_text_config().vocab_size = model.config.get_text_config().vocab_size
 
     # ------------------------------------------------------------------ saving and publishing
 

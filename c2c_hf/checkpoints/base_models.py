@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from ..configuration_c2c import C2CConfig, one_per_sharer
 from ..inference.fingerprints import fingerprint, tokenizer_hash
-from ..inference.prefill import probe_layer_shapes
+from ..inference.probe import probe_layer_shapes
 from .download import HUB_KWARGS
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,17 @@ def load_base_model(
 
     Raises:
         TypeError: Neither a name nor a model.
-        ValueError: An absolute path names no folder.
+        ValueError: An absolute path names no folder, or the model is a C2C model itself.
     """
     if isinstance(model, torch.nn.Module):
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"`{role}` must be a transformers model, a Hub id or a folder, but got {type(model).__name__}."
+            )
+        if isinstance(model.config, C2CConfig):
+            raise ValueError(
+                f"`{role}` must be a plain causal language model, but got a C2C model; hand over its receiver "
+                "(`model.receiver`)."
             )
         return model, model.name_or_path or None, getattr(model.config, "_commit_hash", None)
     if not isinstance(model, str | Path):

@@ -29,12 +29,14 @@ class ReceiverInputs:
         inputs_embeds: `(batch_size, seq_len, hidden_size)`, or `None` with `input_ids`.
         attention_mask: `(batch_size, past_len + seq_len)`, 0 at padding on either side. `None`: no padding.
         position_ids: `(batch_size, seq_len)`. `None`: left to the model.
+        first_position: Position id of a text's first token, from which positions are counted.
     """
 
     input_ids: torch.Tensor | None
     inputs_embeds: torch.Tensor | None
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
+    first_position: int = 0
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -71,7 +73,7 @@ class ReceiverInputs:
         mask = self.attention_mask
         if mask is None:
             mask = torch.ones(self.batch_size, past_length + self.seq_len, device=self.tokens.device)
-        return position_ids_from_mask(mask)[:, -self.seq_len :]
+        return position_ids_from_mask(mask)[:, -self.seq_len :] + self.first_position
 
     def with_positions(self, past_length: int = 0) -> "ReceiverInputs":
         """Return the inputs with position ids, see [`ReceiverInputs.positions`]."""
@@ -86,7 +88,7 @@ class ReceiverInputs:
             None if value is None else value[:, start:end]
             for value in (self.input_ids, self.inputs_embeds, self.position_ids)
         )
-        return ReceiverInputs(ids, embeds, mask, positions)
+        return ReceiverInputs(ids, embeds, mask, positions, self.first_position)
 
 
 @dataclass
@@ -98,7 +100,7 @@ class SharerInputs:
         attention_mask: `(batch_size, sharer_len)`, 0 at padding and at tokens that it does not see.
         alignment: `(batch_size, seq_len)`: the sharer position aligned with each new receiver token, or -1. In memory
             mode the sharer position that fills each slot, or -1.
-        position_ids: `(batch_size, sharer_len)`, or `None`: counted from the mask.
+        position_ids: `(batch_size, sharer_len)`, counted from 0, or `None`: counted from the mask.
         cache: The sharer's cache of the text, computed elsewhere; `None`: computed in this pass.
     """
 
@@ -114,7 +116,7 @@ class SharerInputs:
         return self.input_ids.shape[1]
 
     def positions(self) -> torch.Tensor:
-        """Return the position ids, `(batch_size, sharer_len)`."""
+        """Return the positions counted from 0, `(batch_size, sharer_len)`."""
         return position_ids_from_mask(self.attention_mask) if self.position_ids is None else self.position_ids
 
 
@@ -241,7 +243,8 @@ def sharer_inputs_from_tokens(
         if sharer.token_alignment == "span":
             raise ValueError(
                 "`sharer_input_ids` must be given with `token_alignment='span'`, since the sharer has a tokenization "
-                "of its own; use `C2CProcessor` to make all inputs."
+                "of its own; use `C2CProcessor` to make all inputs. As `assistant_model`, which gets none, pass the "
+                "receiver alone."
             )
         if table is None:
             columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)

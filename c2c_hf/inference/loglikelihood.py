@@ -10,7 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .._compat import CACHE_ARGUMENT, accepts_argument, copy_cache
 from ..configuration_c2c import C2CConfig
 from .cache import C2CCache
-from .prefill import last_positions, position_ids_from_mask
+from .prefill import last_positions
+from .probe import model_position_ids
 
 #: Most logits that are held at once: 1 GiB in float32. A vocabulary of 262,144 words fills it with 1,024 tokens.
 MAX_LOGITS = 2**28
@@ -118,8 +119,9 @@ def _score_part(
 
 def _run(model: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> CausalLMOutputWithPast:
     inputs["attention_mask"] = mask
-    if accepts_argument(model, "position_ids"):
-        inputs["position_ids"] = position_ids_from_mask(mask)[:, -inputs["input_ids"].shape[1] :]
+    position_ids = model_position_ids(model, mask)
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids[:, -inputs["input_ids"].shape[1] :]
     if not accepts_argument(model, "logits_to_keep"):
         inputs.pop("logits_to_keep", None)
     elif "logits_to_keep" in inputs and not isinstance(model.config, C2CConfig):

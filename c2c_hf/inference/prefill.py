@@ -10,7 +10,6 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .._compat import CACHE_ARGUMENT, accepts_argument
-from ..configuration_c2c import LayerShape
 
 #: Key and value states of every cached layer, `(batch_size, num_key_value_heads, seq_len, head_dim)` each.
 LayerStates: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
@@ -21,6 +20,9 @@ Other = TypeVar("Other")
 #: Prefills of more tokens keep all cores busy by themselves. Both prefills of the demo pair at once take 0.6 of their
 #: time in turn for 64 to 512 tokens, 0.7 for 1,024 and 0.9 for 2,048 (bfloat16, two cores; float32: 0.9 to 0.95).
 MAX_CONCURRENT_TOKENS = 1024
+
+#: Found by running the models, see `probe.py`.
+_takes_keyword_positions: dict[type[PreTrainedModel], bool] = {}
 
 
 def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -53,18 +55,14 @@ def input_device(model: nn.Module) -> torch.device:
     return model.get_input_embeddings().weight.device  # type: ignore[operator]
 
 
-def check_length(role: str, model: PreTrainedModel, length: int) -> None:
-    """Refuse a text that is longer than a model's context.
+def register_keyword_positions(model_class: type[PreTrainedModel], takes: bool) -> None:
+    """Record whether a class takes `position_ids` without naming them, which its signature does not say."""
+    _takes_keyword_positions[model_class] = takes
 
-    Raises:
-        ValueError: It is.
-    """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit > 0:
-        raise ValueError(
-            f"`{role}`: the text has {length} tokens, but the context of {type(model).__name__} is {limit}; shorten "
-            "it or truncate in the processor."
-        )
+
+def takes_position_ids(model: PreTrainedModel) -> bool:
+    """Say whether a model's `forward` takes position ids (ALiBi models do not)."""
+    return accepts_argument(model, "position_ids") or _takes_keyword_positions.get(type(model), False)
 
 
 def prefill(
@@ -93,7 +91,7 @@ def prefill(
         `(batch_size, logits_to_keep, vocab_size)`, or `None` for 0.
     """
     inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    if position_ids is not None and accepts_argument(model, "position_ids"):
+    if position_ids is not None and takes_position_ids(model):
         inputs["position_ids"] = position_ids
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     if logits_to_keep and tokens is not None and accepts_argument(model, "logits_to_keep"):
@@ -158,36 +156,3 @@ def _with_current_modes(call: Callable[[], Other]) -> Callable[[], Other]:
             return call()
 
     return run
-
-
-def probe_layer_shapes(model: PreTrainedModel, role: str) -> list[LayerShape]:
-    """Measure what a model puts into its cache, by running it on one token.
-
-    Args:
-        model: Any causal language model, on any device.
-        role: `"receiver"` or `"sharers"`, for the error.
-
-    Returns:
-        `(num_key_value_heads, key head_dim, value head_dim)` per cached layer.
-
-    Raises:
-        ValueError: The model keeps no plain key/value cache (recurrent, encoder-decoder, latent attention).
-    """
-    problem = (
-        f"`{role}`: {type(model).__name__} has no plain key/value cache per layer, which C2C needs; use a decoder "
-        "whose layers are all attention."
-    )
-    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
-        raise ValueError(problem)
-    cache = full_length_cache()
-    token = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
-    try:
-        prefill(model, cache, token)
-        states = cached_states(cache)
-        shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in states]
-        lengths = {states.shape[2] for pair in states for states in pair}
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(problem) from error
-    if lengths != {1}:
-        raise ValueError(problem)
-    return shapes

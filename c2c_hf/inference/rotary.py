@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .._compat import accepts_argument
-from .prefill import LayerStates, cached_states, full_length_cache, input_device, prefill
+from .prefill import LayerStates, cached_states, full_length_cache, prefill, takes_position_ids
+from .probe import probe_model, probe_tokens
 
 #: Positions at which a model's keys are compared. The last one distinguishes slow frequencies.
 _PROBED_POSITIONS = (0, 1, 7, 61)
+#: In place of a context's length that a configuration does not name.
+_UNLIMITED = 1 << 30
 #: Largest relative error of a recognized rotation: the rounding of keys in bfloat16.
 _TOLERANCE = 0.03
 
@@ -21,8 +23,8 @@ class Rotation:
     """The rotary embedding of one layer's keys.
 
     Attributes:
-        inv_freq: `(num_pairs,)`, angle per position of each pair of dimensions; empty for keys without
-            rotary position. Dimensions after the pairs stay as they are.
+        inv_freq: `(num_pairs,)`, angle per position of each pair of dimensions, negative where a model rotates the
+            other way; empty for keys without rotary position. Dimensions after the pairs stay as they are.
         scaling: Factor on the rotated dimensions.
         interleaved: Pairs are neighbours (0, 1), (2, 3), ...; else the first half goes with the second.
     """
@@ -80,10 +82,14 @@ def layer_rotations(model: PreTrainedModel, role: str) -> list[Rotation]:
         role: `"receiver"` or `"sharers"`, for the error.
 
     Raises:
-        ValueError: Keys are rotated in an unknown way, or in one that depends on the length of the text.
+        ValueError: Keys are rotated in an unknown way, or in one that depends on the length of the text; or the model
+            keeps no plain key/value cache.
     """
+    probe_model(model, role)
     unrotated = Rotation(torch.empty(0))
-    probes = [_probe(model, position) for position in _PROBED_POSITIONS] if _has_positions(model) else []
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _UNLIMITED
+    positions = [position for position in _PROBED_POSITIONS if position < limit]
+    probes = [_probe(model, position) for position in positions] if takes_position_ids(model) else []
     candidates = [unrotated, *_candidates(model)]
     rotations = []
     for layer_idx in range(len(probes[0]) if probes else len(_probe(model, None))):
@@ -93,7 +99,7 @@ def layer_rotations(model: PreTrainedModel, role: str) -> list[Rotation]:
             rotations.append(unrotated)
             continue
         keys = [keys for keys, _ in layer]
-        errors = [_error(candidate, keys) for candidate in candidates]
+        errors = [_error(candidate, keys, positions) for candidate in candidates]
         if min(errors) > _TOLERANCE:
             raise ValueError(
                 f"`{role}`: the keys of {type(model).__name__} have a rotary position that `mode='memory'` does not "
@@ -137,15 +143,9 @@ def read_rotations(description: dict[str, Any]) -> list[Rotation]:
         raise ValueError(f"`rotations` of a sharer in the configuration is damaged ({error!r}).") from error
 
 
-def _has_positions(model: PreTrainedModel) -> bool:
-    return accepts_argument(model, "position_ids")
-
-
 def _probe(model: PreTrainedModel, position: int | None) -> LayerStates:
     """Return every layer's states of single tokens at a position, `(num_tokens, num_heads, 1, head_dim)` each."""
-    device = input_device(model)
-    size = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.arange(1, min(9, size), device=device).unsqueeze(1)
+    tokens = probe_tokens(model, 8).unsqueeze(1)
     positions = None if position is None else torch.full_like(tokens, position)
     cache = full_length_cache()
     prefill(model, cache, tokens, position_ids=positions)
@@ -153,26 +153,47 @@ def _probe(model: PreTrainedModel, position: int | None) -> LayerStates:
 
 
 def _candidates(model: PreTrainedModel) -> list[Rotation]:
-    """Return the rotations of a model's rotary embedding modules, in both layouts."""
-    found: list[Rotation] = []
+    """Return the rotations of a model's rotary embedding modules, in both layouts and both directions."""
+    found: list[tuple[torch.Tensor, float]] = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or name.endswith("original_inv_freq"):
-                continue
-            scaling = float(getattr(module, name.removesuffix("inv_freq") + "attention_scaling", 1.0))
-            frequencies = buffer.detach().float().cpu()
-            found += [Rotation(frequencies, scaling, interleaved) for interleaved in (False, True)]
-    return found
+            if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+                scaling = float(getattr(module, name.removesuffix("inv_freq") + "attention_scaling", 1.0))
+                found.append((buffer.detach().float().cpu(), scaling))
+            elif _is_sinusoidal_table(buffer):
+                sine, cosine = buffer[1].detach().float().cpu().chunk(2)
+                found.append((torch.atan2(sine, cosine), 1.0))
+    different: list[tuple[torch.Tensor, float]] = []
+    for frequencies, scaling in found:
+        # Some models have a table in every layer.
+        if not any(scaling == other and torch.equal(frequencies, known) for known, other in different):
+            different.append((frequencies, scaling))
+    return [
+        Rotation(sign * frequencies, scaling, interleaved)
+        for sign in (1, -1)
+        for frequencies, scaling in different
+        for interleaved in (False, True)
+    ]
 
 
-def _error(rotation: Rotation, keys: Sequence[torch.Tensor]) -> float:
+def _is_sinusoidal_table(buffer: torch.Tensor) -> bool:
+    """Say whether a buffer holds, per position, the sines of all angles and then their cosines."""
+    if buffer.dim() != 2 or buffer.shape[0] < 2 or buffer.shape[1] % 2 or not buffer.is_floating_point():
+        return False
+    rows = buffer[:2].detach().float().cpu()
+    sine, cosine = rows.chunk(2, dim=1)
+    at_start = torch.equal(sine[0], torch.zeros_like(sine[0])) and torch.equal(cosine[0], torch.ones_like(cosine[0]))
+    return at_start and bool(((sine**2 + cosine**2 - 1).abs() < 0.01).all())
+
+
+def _error(rotation: Rotation, keys: Sequence[torch.Tensor], positions: Sequence[int]) -> float:
     """Return the largest relative error of predicting keys at all positions from those at position 0."""
     if 2 * len(rotation.inv_freq) > keys[0].shape[-1]:
         return float("inf")
     start = keys[0].squeeze(2)
     free = rotation.remove(start, torch.zeros(len(start)))
     worst = 0.0
-    for position, found in zip(_PROBED_POSITIONS, keys, strict=True):
+    for position, found in zip(positions, keys, strict=True):
         expected = rotation.apply(free, torch.full((len(start),), position))
         worst = max(worst, float((expected - found.squeeze(2)).norm() / found.norm().clamp_min(1e-9)))
     return worst

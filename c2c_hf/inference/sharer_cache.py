@@ -14,6 +14,7 @@ from .._compat import copy_cache
 from .._files import write_file
 from .fingerprints import SharerSource, fingerprint, text_hash, tokenizer_hash
 from .prefill import LayerStates, cached_states, full_length_cache, input_device, position_ids_from_mask, prefill
+from .probe import check_padding, first_position
 
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 _FORMAT = "c2c_hf.SharerCache.1"
@@ -214,15 +215,20 @@ def prefill_sharer(
         model: The sharer.
         input_ids: `(batch_size, seq_len)`, the whole text.
         attention_mask: `(batch_size, seq_len)`.
-        position_ids: `(batch_size, seq_len)`, or `None`: counted from the mask.
+        position_ids: `(batch_size, seq_len)`, counted from 0, or `None`: counted from the mask.
         cached: Cache of an earlier text, or `None`. It is cropped to the common prefix and continued from there.
 
     Returns:
         The cache of the whole text; `cached` itself where there is a common prefix.
+
+    Raises:
+        ValueError: The model has no plain key/value cache, or cannot compute padded rows.
     """
+    check_padding("sharers", model, attention_mask)
     device = input_device(model)
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     position_ids = position_ids_from_mask(attention_mask) if position_ids is None else position_ids.to(device)
+    position_ids = position_ids + first_position(model, "sharers")
     start = 0 if cached is None else cached.common_prefix(input_ids, attention_mask)
     if cached is None or start == 0:
         cached = SharerCache(input_ids, attention_mask, full_length_cache())

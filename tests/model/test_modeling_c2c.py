@@ -356,9 +356,9 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What is queued on a GPU is then never waited for between the models, so that two devices work at once.
     """
+    model = tiny_c2c(sharers=["qwen3", "gemma3"])
     # Each model of transformers looks once whether its mask hides anything.
     monkeypatch.setattr(transformers.masking_utils, "fast_all", lambda mask: True)
-    model = tiny_c2c(sharers=["qwen3", "gemma3"])
     groups = [group for fuser in model.fuser for group in fuser.groups]
     opened = [group.gate.open_entries() for group in groups]
     model.to("meta")

@@ -20,7 +20,7 @@ from ...alignment.chat_template import Message, plain_messages
 from ...alignment.padding import pad_token_id
 from ...checkpoints.receiver_adapter import adapter_disabled
 from ...inference.loglikelihood import scores_after
-from ...inference.prefill import check_length, position_ids_from_mask
+from ...inference.probe import check_length, model_position_ids
 
 #: Plain text, or a conversation, which each model's own chat template renders.
 Prompt: TypeAlias = str | Sequence[Message]
@@ -88,8 +88,9 @@ class PromptBatch:
     def inputs_for(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return a plain model's arguments: the receiver's tokens, and positions that count real tokens only."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        if accepts_argument(model, "position_ids"):
-            inputs["position_ids"] = position_ids_from_mask(self.attention_mask)
+        position_ids = model_position_ids(model, self.attention_mask)
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
         if accepts_argument(model, "logits_to_keep"):
             # An index rather than 1: a slice of the hidden states makes the head slow, see `last_positions`.
             inputs["logits_to_keep"] = torch.tensor([-1], device=self.input_ids.device)
