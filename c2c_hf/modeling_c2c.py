@@ -91,13 +91,14 @@ from .inference.prefill import (
     prefill,
     run_concurrently,
 )
+from .inference.pair_settings import PairSettings, check_settings, settings_of_config
 from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
 from .inference.sharer_cache import SharerCache, prefill_sharer
 from .processing_c2c import C2CProcessor
 
 _SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
 #: Arguments of `forward` and `generate` beside those of every causal language model.
-SHARER_ARGUMENTS = (*_SHARER_TENSORS, "sharer_caches")
+SHARER_ARGUMENTS = (*_SHARER_TENSORS, "sharer_caches", "sharer_settings")
 #: What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
 _PUSH_ARGUMENTS = (
     *("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description", "subfolder"),
@@ -295,6 +296,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         sharer_position_ids: PerSharer | None = None,
         past_key_values: Cache | None = None,
         sharer_caches: GivenCaches | None = None,
+        sharer_settings: PerSharer | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Prefill a prompt with all models and fuse, or decode further tokens.
@@ -324,6 +326,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: The name of `cache` before transformers 5.24.
             sharer_caches: The sharers' caches of `sharer_input_ids`, prefilled elsewhere, in place of running them
                 here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
+            sharer_settings: `(batch_size, 5)`, with several sharers a list: by these, inputs of a processor that is
+                not this model's are refused. `None`: not compared.
             **kwargs: Passed on to the receiver.
 
         Returns:
@@ -332,8 +336,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             from the end of the shortest fused region (or the last slot) on.
 
         Raises:
-            ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long.
+            ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long; the inputs
+                are those of another processor.
         """
+        self.check_processor(sharer_settings)
         cache = past_key_values if cache is None else cache
         inputs = ReceiverInputs(input_ids, inputs_embeds, attention_mask, position_ids)
         given = GivenSharerInputs(
@@ -555,6 +561,21 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             self._rotations = rotations
         return self._rotations
 
+    def check_processor(self, settings: Sequence[PairSettings] | PerSharer | None) -> None:
+        """Compare the settings of a processor with those of this model.
+
+        Args:
+            settings: `C2CProcessor.settings`, or `sharer_settings` of its outputs. `None`: not compared.
+
+        Raises:
+            ValueError: They differ.
+        """
+        if settings is None:
+            return
+        values = [settings] if isinstance(settings, torch.Tensor) else settings
+        found = [value if isinstance(value, PairSettings) else PairSettings.from_tensor(value) for value in values]
+        check_settings(settings_of_config(self.config), found)
+
     @property
     def token_tables(self) -> list[torch.Tensor | None]:
         """Per sharer the lookup table of the `"first"` and `"longest"` alignments, else `None`."""
@@ -623,6 +644,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: With `prefill_chunk_size`: a chunk would attend to the fused states of the one before it.
         """
+        self.check_processor(kwargs.pop("sharer_settings", None))
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
         if self.fusion_enabled and chunk_size is not None:
@@ -1003,6 +1025,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             if None in names:
                 raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
             processor = C2CProcessor.from_config(self.config)
+        self.check_processor(processor.settings)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, with_code=with_code, max_shard_size=max_shard_size)
             processor.save_pretrained(folder, with_code=with_code)

@@ -34,6 +34,9 @@ class C2CAnswerer(Answerer):
     processor: C2CProcessor
     control: Control = field(default_factory=Control)
 
+    def __post_init__(self) -> None:
+        self.c2c_model.check_processor(self.processor.settings)
+
     @property
     def model(self) -> PreTrainedModel:
         """The C2C model."""
