@@ -70,6 +70,7 @@ from .inference.inputs import (
     cached_length,
     collect_fusion_inputs,
     collect_memory_inputs,
+    new_alignment,
     sharer_inputs_from_caller,
     sharer_inputs_from_tokens,
     tensor_per_sharer,
@@ -77,10 +78,11 @@ from .inference.inputs import (
 from .inference.memory_slots import (
     MemoryPlan,
     fill_memory_slots,
-    hide_slots,
     plan_memory_slots,
     prefill_leading_tokens,
+    slot_positions,
 )
+from .inference.pair_settings import PairSettings, check_settings, settings_of_config
 from .inference.prefill import (
     LayerStates,
     cached_states,
@@ -91,7 +93,6 @@ from .inference.prefill import (
     prefill,
     run_concurrently,
 )
-from .inference.pair_settings import PairSettings, check_settings, settings_of_config
 from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
 from .inference.sharer_cache import SharerCache, prefill_sharer
 from .processing_c2c import C2CProcessor
@@ -336,8 +337,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             from the end of the shortest fused region (or the last slot) on.
 
         Raises:
-            ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long; the inputs
-                are those of another processor.
+            ValueError: Sharer inputs are missing, of the wrong shape, out of range or those of another processor, or a
+                text is too long.
         """
         self.check_processor(sharer_settings)
         cache = past_key_values if cache is None else cache
@@ -351,12 +352,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         # 1. Inputs for the sharers; none where the receiver runs without them.
         sharers: list[SharerInputs] = []
         if self.config.mode == "memory":
-            inputs, sharers = self._collect_memory_inputs(inputs, given, cache)
+            inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
             # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 inputs = inputs.with_positions()
+
+        if isinstance(cache, C2CCache) and cache.hidden_positions is not None:
+            inputs = _without_hidden_positions(inputs, cache)
 
         # 2. Plan: which positions get fused states or slot states.
         plan: FusionPlan | MemoryPlan | None = None
@@ -366,6 +370,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             plan = self._plan_fusion(sharers, inputs, labels, logits_to_keep)
         if plan is None:
             return run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+
+        self._check_no_checkpointing()
 
         # 3. Prefill the sharers, and the part of the receiver's prompt whose states do not depend on them.
         if cache is None:
@@ -414,17 +420,51 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _collect_memory_inputs(
-        self, inputs: ReceiverInputs, given: GivenSharerInputs, cache: Cache | None
-    ) -> tuple[ReceiverInputs, list[SharerInputs]]:
-        """Collect the sharers' inputs in memory mode; with fusion off, mask the slots of the receiver's instead."""
+        self, inputs: ReceiverInputs, given: GivenSharerInputs, cache: Cache | None, use_cache: bool | None
+    ) -> tuple[ReceiverInputs, list[SharerInputs], Cache | None]:
+        """Collect the sharers' inputs in memory mode; with fusion off, mask the slots of the receiver's instead.
+
+        Returns:
+            The receiver's inputs, the sharers', and the cache, which keeps those slots masked for later tokens.
+        """
         if given.input_ids is None or self.fusion_enabled:
-            return inputs, collect_memory_inputs(self.config, inputs, given, cache)
-        mask = inputs.attention_mask
+            return inputs, collect_memory_inputs(self.config, inputs, given, cache), cache
+        past_length, mask = cached_length(cache), inputs.attention_mask
+        alignments = [
+            new_alignment(alignment, inputs.batch_size, inputs.seq_len, past_length)
+            for alignment in tensor_per_sharer(self.config, "sharer_alignment", given.alignment)
+        ]
+        slots = slot_positions(alignments)
+        if not bool(slots.any()):
+            return inputs, [], cache
         if mask is None:
-            length = inputs.seq_len + cached_length(cache)
+            length = past_length + inputs.seq_len
             mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
-        mask = hide_slots(mask, tensor_per_sharer(self.config, "sharer_alignment", given.alignment))
-        return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), []
+        slots = nn.functional.pad(slots, (mask.shape[1] - slots.shape[1], 0))
+        mask = mask.masked_fill(slots.to(mask.device), 0)
+        if cache is None and use_cache is not False:
+            cache = C2CCache(DynamicCache(config=self.receiver.config.get_text_config()))
+        if isinstance(cache, C2CCache):
+            cache.hide(slots)
+        elif cache is not None:
+            raise ValueError(
+                f"`{CACHE_ARGUMENT}` must be a `C2CCache`, which keeps slots masked for later tokens, where fusion is "
+                f"off and the prompt has slots, but got {type(cache).__name__}; wrap it: `C2CCache(cache)`."
+            )
+        return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), [], cache
+
+    def _check_no_checkpointing(self) -> None:
+        """Refuse base models whose layers drop the cache, as gradient checkpointing does in training mode.
+
+        Raises:
+            ValueError: There is one.
+        """
+        for role, model in (("receiver", self.receiver), *(("sharers", sharer) for sharer in self.sharers)):
+            if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                raise ValueError(
+                    f"`{role}`: gradient checkpointing of a base model in training mode drops its cache; call "
+                    "`model.gradient_checkpointing_enable()` of the C2C model, and leave base models in `eval()`."
+                )
 
     def _plan_fusion(
         self,
@@ -633,6 +673,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs[CACHE_ARGUMENT] = cache
             if is_prefill:
                 inputs.update(sharer_inputs)
+                if sharer_inputs.get("sharer_alignment") is not None:
+                    # Without a cache the text has grown; assisted decoding appends its candidates.
+                    length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+                    inputs["sharer_alignment"] = [
+                        nn.functional.pad(alignment, (0, max(0, length - alignment.shape[1])), value=-1)
+                        for alignment in tensor_per_sharer(
+                            self.config, "sharer_alignment", sharer_inputs["sharer_alignment"]
+                        )
+                    ]
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -651,12 +700,58 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"`prefill_chunk_size` must be None, but got {chunk_size}: fusion needs the prompt in one prefill."
             )
-        alignments = kwargs.get("sharer_alignment")
-        if self.config.mode == "memory" and not self.fusion_enabled and alignments is not None:
-            alignments = tensor_per_sharer(self.config, "sharer_alignment", alignments)
+        cache = kwargs.get("cache")
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        input_ids = next(
+            (ids for ids in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if ids is not None), None
+        )
+        self._check_text(input_ids, kwargs, cache)
+        if not isinstance(cache, C2CCache):
+            return super().generate(*args, **kwargs)
+        # Beams reorder the cache's rows, and an error leaves it half filled.
+        cache.input_ids = None
+        output = super().generate(*args, **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if (
+            input_ids is not None
+            and len(sequences) == len(input_ids)
+            and kwargs.get("num_beams", config.num_beams) in (None, 1)
+        ):
+            cache.input_ids = sequences[:, : cached_length(cache)]
+        return output
+
+    def _check_text(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], cache: Cache | None) -> None:
+        """Compare the lengths of the inputs of `generate` and the cached text, and mask slots where fusion is off.
+
+        Args:
+            input_ids: `(batch_size, seq_len)`, or `None` with `inputs_embeds`.
+            kwargs: Of `generate`; the attention mask is changed.
+            cache: The given cache.
+
+        Raises:
+            ValueError: The alignment is that of a text of another length, or the cache that of another text.
+        """
+        tokens, mask = kwargs.get("inputs_embeds") if input_ids is None else input_ids, kwargs.get("attention_mask")
+        if tokens is None:
+            return
+        if isinstance(cache, C2CCache) and input_ids is not None:
+            cache.check_text(input_ids, mask)
+        slots = None
+        if kwargs.get("sharer_alignment") is not None:
+            alignments = [
+                new_alignment(alignment, len(tokens), tokens.shape[1], 0)
+                for alignment in tensor_per_sharer(self.config, "sharer_alignment", kwargs["sharer_alignment"])
+            ]
+            slots = slot_positions(alignments)
+        if self.config.mode == "memory" and not self.fusion_enabled and slots is not None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
+            kwargs["attention_mask"] = mask.masked_fill(slots.to(mask.device), 0)
+            if isinstance(cache, C2CCache):
+                cache.hide(slots)
+        if isinstance(cache, C2CCache) and cache.hidden_positions is not None:
             mask = kwargs.get("attention_mask")
-            kwargs["attention_mask"] = hide_slots(torch.ones_like(alignments[0]) if mask is None else mask, alignments)
-        return super().generate(*args, **kwargs)
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
+            kwargs["attention_mask"] = cache.masked(mask)
 
     def _expand_inputs_for_generation(
         self,
@@ -1031,6 +1126,22 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             processor.save_pretrained(folder, with_code=with_code)
             tags = [tags] if isinstance(tags, str) else tags or ()
             return publish_fuser(folder, repo_id, tags=tags, **kwargs)
+
+
+def _without_hidden_positions(inputs: ReceiverInputs, cache: C2CCache) -> ReceiverInputs:
+    """Mask the hidden positions of a cache; other masks than two-dimensional ones are those of `generate`, which did.
+
+    Args:
+        inputs: The receiver's new tokens.
+        cache: Its cache.
+    """
+    mask = inputs.attention_mask
+    if mask is None:
+        length = cached_length(cache) + inputs.seq_len
+        mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
+    if mask.dim() != 2:
+        return inputs
+    return replace(inputs, attention_mask=cache.masked(mask), position_ids=None).with_positions()
 
 
 def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:

@@ -536,7 +536,9 @@ class C2CProcessor(ProcessorMixin):
             _sharer_grid(tokens.ids, tokenizer.bos_token_id)
             for tokens, tokenizer in zip(contexts, self.sharer_tokenizers, strict=True)
         ]
-        sink, rest = receiver.ids[: self.memory_sink_tokens], receiver.ids[self.memory_sink_tokens :]
+        # The last token of a prompt comes after the slots, since it is the one that predicts the answer.
+        num_sink = min(self.memory_sink_tokens, len(receiver.ids) - 1)
+        sink, rest = receiver.ids[:num_sink], receiver.ids[num_sink:]
         # The ids of slots are not used; the padding token is skipped when outputs are decoded.
         slots = [pad_token_id(self.tokenizer)] * sum(map(len, fillers))
         ids = [*sink, *slots, *rest]
