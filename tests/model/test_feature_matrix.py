@@ -186,9 +186,10 @@ def _later(inputs: dict[str, Any], text: torch.Tensor) -> dict[str, Any]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "receiver-checkpointing"])
 def test_gradients(cell: Cell, checkpointing: bool) -> None:
-    inputs = cell.inputs()
-    labels = inputs["input_ids"].clone()
-    labels[:, :-1] = -100
+    inputs, answer_ids = cell.inputs(), torch.tensor([[20, 30]])
+    ids = torch.cat([inputs["input_ids"], answer_ids], 1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer_ids], 1)
+    inputs = {**inputs, **_later(inputs, ids), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     model = cell.model.train()
     try:
         if checkpointing:
@@ -198,10 +199,10 @@ def test_gradients(cell: Cell, checkpointing: bool) -> None:
             with pytest.raises(
                 ValueError, match="`receiver`: gradient checkpointing of a base model in training mode"
             ):
-                model(**inputs, labels=labels, logits_to_keep=2)
+                model(**inputs, labels=labels, logits_to_keep=3)
             return
         model.zero_grad()
-        model(**inputs, labels=labels, logits_to_keep=2).loss.backward()
+        model(**inputs, labels=labels, logits_to_keep=3).loss.backward()
         assert all(
             any(p.grad is not None and p.grad.abs().max() > 0 for p in fuser.parameters()) for fuser in model.fuser
         )
