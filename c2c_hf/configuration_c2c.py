@@ -1,6 +1,7 @@
 """`C2CConfig` and `SharerConfig`: the pair, the fuser's sizes, the layer mapping and the token alignment."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -253,8 +254,9 @@ class C2CConfig(PreTrainedConfig):
         if self.memory_rank is not None:
             _check_integer("memory_rank", self.memory_rank, 1)
         for field in ("initial_gate_temperature", "final_gate_temperature"):
-            if not isinstance(getattr(self, field), float | int):
-                raise ValueError(f"`{field}` must be a number, but got {getattr(self, field)!r}.")
+            value = getattr(self, field)
+            if not isinstance(value, float | int) or not math.isfinite(value):
+                raise ValueError(f"`{field}` must be a number, but got {value!r}.")
         if not 0.0 < self.final_gate_temperature <= self.initial_gate_temperature:
             raise ValueError(
                 "Gate temperatures must satisfy 0 < `final_gate_temperature` <= `initial_gate_temperature`, but got "

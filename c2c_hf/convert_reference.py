@@ -189,6 +189,8 @@ def _check_tensors(weights: object, path: Path) -> None:
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"`checkpoint_dirs`: {name} in {path} must be a tensor, but is {type(value)}.")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"`checkpoint_dirs`: {name} in {path} holds numbers that are not finite.")
 
 
 def _published_name(kind: str, name: str) -> str:

@@ -72,6 +72,7 @@ from .inference.inputs import (
     cached_length,
     collect_fusion_inputs,
     collect_memory_inputs,
+    new_alignment,
     sharer_inputs_from_caller,
     sharer_inputs_from_tokens,
     tensor_per_sharer,
@@ -79,10 +80,11 @@ from .inference.inputs import (
 from .inference.memory_slots import (
     MemoryPlan,
     fill_memory_slots,
-    hide_slots,
     plan_memory_slots,
     prefill_leading_tokens,
+    slot_positions,
 )
+from .inference.pair_settings import PairSettings, check_settings, settings_of_config
 from .inference.prefill import (
     LayerStates,
     cached_states,
@@ -100,7 +102,7 @@ from .processing_c2c import C2CProcessor
 
 _SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
 #: Arguments of `forward` and `generate` beside those of every causal language model.
-SHARER_ARGUMENTS = (*_SHARER_TENSORS, "sharer_caches")
+SHARER_ARGUMENTS = (*_SHARER_TENSORS, "sharer_caches", "sharer_settings")
 #: What `save_pretrained(push_to_hub=True)` hands on to `push_to_hub`.
 _PUSH_ARGUMENTS = (
     *("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description", "subfolder"),
@@ -308,6 +310,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         sharer_position_ids: PerSharer | None = None,
         past_key_values: Cache | None = None,
         sharer_caches: GivenCaches | None = None,
+        sharer_settings: PerSharer | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Prefill a prompt with all models and fuse, or decode further tokens.
@@ -337,6 +340,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: The name of `cache` before transformers 5.24.
             sharer_caches: The sharers' caches of `sharer_input_ids`, prefilled elsewhere, in place of running them
                 here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
+            sharer_settings: `(batch_size, 6)`, with several sharers a list: by these, inputs of a processor that is
+                not this model's are refused. `None`: not compared.
             **kwargs: Passed on to the receiver.
 
         Returns:
@@ -345,8 +350,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             from the end of the shortest fused region (or the last slot) on.
 
         Raises:
-            ValueError: Sharer inputs are missing, of the wrong shape or out of range, or a text is too long.
+            ValueError: Sharer inputs are missing, of the wrong shape, out of range or those of another processor, or a
+                text is too long.
         """
+        self.check_processor(sharer_settings)
         cache = past_key_values if cache is None else cache
         use_cache = self._read_output_settings(use_cache, kwargs)
         inputs = ReceiverInputs(input_ids, inputs_embeds, attention_mask, position_ids, self._first_position)
@@ -359,12 +366,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         # 1. Inputs for the sharers; none where the receiver runs without them.
         sharers: list[SharerInputs] = []
         if self.config.mode == "memory":
-            inputs, sharers = self._collect_memory_inputs(inputs, given, cache)
+            inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
             # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 inputs = inputs.with_positions()
+
+        if isinstance(cache, C2CCache) and cache.hidden_positions is not None:
+            inputs = _without_hidden_positions(inputs, cache)
 
         # 2. Plan: which positions get fused states or slot states.
         plan: FusionPlan | MemoryPlan | None = None
@@ -374,6 +384,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             plan = self._plan_fusion(sharers, inputs, labels, logits_to_keep)
         if plan is None:
             return run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+
+        self._check_no_checkpointing()
 
         # 3. Prefill the sharers, and the part of the receiver's prompt whose states do not depend on them.
         if cache is None:
@@ -449,18 +461,52 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         return getattr(self.config.get_text_config(), "use_cache", None) if use_cache is None else use_cache
 
     def _collect_memory_inputs(
-        self, inputs: ReceiverInputs, given: GivenSharerInputs, cache: Cache | None
-    ) -> tuple[ReceiverInputs, list[SharerInputs]]:
-        """Collect the sharers' inputs in memory mode; with fusion off, mask the slots of the receiver's instead."""
+        self, inputs: ReceiverInputs, given: GivenSharerInputs, cache: Cache | None, use_cache: bool | None
+    ) -> tuple[ReceiverInputs, list[SharerInputs], Cache | None]:
+        """Collect the sharers' inputs in memory mode; with fusion off, mask the slots of the receiver's instead.
+
+        Returns:
+            The receiver's inputs, the sharers', and the cache, which keeps those slots masked for later tokens.
+        """
         if given.input_ids is None or self.fusion_enabled:
-            return inputs, collect_memory_inputs(self.config, inputs, given, cache)
-        mask = inputs.attention_mask
+            return inputs, collect_memory_inputs(self.config, inputs, given, cache), cache
+        past_length, mask = cached_length(cache), inputs.attention_mask
+        alignments = [
+            new_alignment(alignment, inputs.batch_size, inputs.seq_len, past_length)
+            for alignment in tensor_per_sharer(self.config, "sharer_alignment", given.alignment)
+        ]
+        slots = slot_positions(alignments)
+        if not bool(slots.any()):
+            return inputs, [], cache
         if mask is None:
-            length = inputs.seq_len + cached_length(cache)
+            length = past_length + inputs.seq_len
             mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
-        mask = hide_slots(mask, tensor_per_sharer(self.config, "sharer_alignment", given.alignment))
+        slots = nn.functional.pad(slots, (mask.shape[1] - slots.shape[1], 0))
+        mask = mask.masked_fill(slots.to(mask.device), 0)
+        if cache is None and use_cache is not False:
+            cache = C2CCache(DynamicCache(config=self.receiver.config.get_text_config()))
+        if isinstance(cache, C2CCache):
+            cache.hide(slots)
+        elif cache is not None:
+            raise ValueError(
+                f"`{CACHE_ARGUMENT}` must be a `C2CCache`, which keeps slots masked for later tokens, where fusion is "
+                f"off and the prompt has slots, but got {type(cache).__name__}; wrap it: `C2CCache(cache)`."
+            )
         check_padding("receiver", self.receiver, mask)
-        return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), []
+        return replace(inputs, attention_mask=mask, position_ids=None).with_positions(), [], cache
+
+    def _check_no_checkpointing(self) -> None:
+        """Refuse base models whose layers drop the cache, as gradient checkpointing does in training mode.
+
+        Raises:
+            ValueError: There is one.
+        """
+        for role, model in (("receiver", self.receiver), *(("sharers", sharer) for sharer in self.sharers)):
+            if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                raise ValueError(
+                    f"`{role}`: gradient checkpointing of a base model in training mode drops its cache; call "
+                    "`model.gradient_checkpointing_enable()` of the C2C model, and leave base models in `eval()`."
+                )
 
     def _plan_fusion(
         self,
@@ -597,6 +643,21 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             self._rotations = rotations
         return self._rotations
 
+    def check_processor(self, settings: Sequence[PairSettings] | PerSharer | None) -> None:
+        """Compare the settings of a processor with those of this model.
+
+        Args:
+            settings: `C2CProcessor.settings`, or `sharer_settings` of its outputs. `None`: not compared.
+
+        Raises:
+            ValueError: They differ.
+        """
+        if settings is None:
+            return
+        values = [settings] if isinstance(settings, torch.Tensor) else settings
+        found = [value if isinstance(value, PairSettings) else PairSettings.from_tensor(value) for value in values]
+        check_settings(settings_of_config(self.config), found)
+
     @property
     def token_tables(self) -> list[torch.Tensor | None]:
         """Per sharer the lookup table of the `"first"` and `"longest"` alignments, else `None`."""
@@ -654,6 +715,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs[CACHE_ARGUMENT] = cache
             if is_prefill:
                 inputs.update(sharer_inputs)
+                if sharer_inputs.get("sharer_alignment") is not None:
+                    # Without a cache the text has grown; assisted decoding appends its candidates.
+                    length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+                    inputs["sharer_alignment"] = [
+                        nn.functional.pad(alignment, (0, max(0, length - alignment.shape[1])), value=-1)
+                        for alignment in tensor_per_sharer(
+                            self.config, "sharer_alignment", sharer_inputs["sharer_alignment"]
+                        )
+                    ]
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -665,18 +735,65 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: With `prefill_chunk_size`: a chunk would attend to the fused states of the one before it.
         """
+        self.check_processor(kwargs.pop("sharer_settings", None))
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
         if self.fusion_enabled and chunk_size is not None:
             raise ValueError(
                 f"`prefill_chunk_size` must be None, but got {chunk_size}: fusion needs the prompt in one prefill."
             )
-        alignments = kwargs.get("sharer_alignment")
-        if self.config.mode == "memory" and not self.fusion_enabled and alignments is not None:
-            alignments = tensor_per_sharer(self.config, "sharer_alignment", alignments)
+        cache = kwargs.get("cache")
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        input_ids = next(
+            (ids for ids in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if ids is not None), None
+        )
+        self._check_text(input_ids, kwargs, cache)
+        if not isinstance(cache, C2CCache):
+            return super().generate(*args, **kwargs)
+        # Beams reorder the cache's rows, and an error leaves it half filled.
+        cache.input_ids = None
+        output = super().generate(*args, **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if (
+            input_ids is not None
+            and len(sequences) == len(input_ids)
+            and kwargs.get("num_beams", config.num_beams) in (None, 1)
+        ):
+            cache.input_ids = sequences[:, : cached_length(cache)]
+        return output
+
+    def _check_text(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], cache: Cache | None) -> None:
+        """Compare the lengths of the inputs of `generate` and the cached text, and mask slots where fusion is off.
+
+        Args:
+            input_ids: `(batch_size, seq_len)`, or `None` with `inputs_embeds`.
+            kwargs: Of `generate`; the attention mask is changed.
+            cache: The given cache.
+
+        Raises:
+            ValueError: The alignment is that of a text of another length, or the cache that of another text.
+        """
+        tokens, mask = kwargs.get("inputs_embeds") if input_ids is None else input_ids, kwargs.get("attention_mask")
+        if tokens is None:
+            return
+        if isinstance(cache, C2CCache) and input_ids is not None:
+            cache.check_text(input_ids, mask)
+        slots = None
+        if kwargs.get("sharer_alignment") is not None:
+            alignments = [
+                new_alignment(alignment, len(tokens), tokens.shape[1], 0)
+                for alignment in tensor_per_sharer(self.config, "sharer_alignment", kwargs["sharer_alignment"])
+            ]
+            slots = slot_positions(alignments)
+        if self.config.mode == "memory" and not self.fusion_enabled and slots is not None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
+            kwargs["attention_mask"] = mask.masked_fill(slots.to(mask.device), 0)
+            if isinstance(cache, C2CCache):
+                cache.hide(slots)
+        if isinstance(cache, C2CCache) and cache.hidden_positions is not None:
             mask = kwargs.get("attention_mask")
-            kwargs["attention_mask"] = hide_slots(torch.ones_like(alignments[0]) if mask is None else mask, alignments)
-        return super().generate(*args, **kwargs)
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
+            kwargs["attention_mask"] = cache.masked(mask)
 
     def _expand_inputs_for_generation(
         self,
@@ -1149,11 +1266,28 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             if None in names:
                 raise ValueError("`processor` must be given where a base model has no name to find its tokenizer by.")
             processor = C2CProcessor.from_config(self.config)
+        self.check_processor(processor.settings)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, with_code=with_code, int8=int8, max_shard_size=max_shard_size)
             processor.save_pretrained(folder, with_code=with_code)
             tags = [tags] if isinstance(tags, str) else tags or ()
             return publish_fuser(folder, repo_id, tags=tags, **kwargs)
+
+
+def _without_hidden_positions(inputs: ReceiverInputs, cache: C2CCache) -> ReceiverInputs:
+    """Mask the hidden positions of a cache; other masks than two-dimensional ones are those of `generate`, which did.
+
+    Args:
+        inputs: The receiver's new tokens.
+        cache: Its cache.
+    """
+    mask = inputs.attention_mask
+    if mask is None:
+        length = cached_length(cache) + inputs.seq_len
+        mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
+    if mask.dim() != 2:
+        return inputs
+    return replace(inputs, attention_mask=cache.masked(mask), position_ids=None).with_positions()
 
 
 def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:

@@ -27,6 +27,7 @@ from .checkpoints.download import HUB_KWARGS, fetch_folder
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import MEMORY_GRIDS, MODES, C2CConfig, check_choice, one_per_sharer
 from .inference.fingerprints import tokenizer_hash
+from .inference.pair_settings import PairSettings
 
 #: Arguments of the constructor that are saved in `processor_config.json`.
 _FIELDS = (
@@ -220,6 +221,7 @@ class C2CProcessor(ProcessorMixin):
         self.partial_characters = partial_characters
         self._bos_token_ids = [own_bos_token_id(sharer) for sharer in sharers]
         self._token_tables: list[torch.Tensor | None] | None = None
+        self._tokenizer_hashes: list[str] | None = None
         if chat_template is not None and chat_template != tokenizer.chat_template:
             self.tokenizer = copy.deepcopy(tokenizer)
             self.chat_template = chat_template
@@ -294,7 +296,20 @@ class C2CProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of the outputs, in order."""
-        return ["input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment"]
+        sharers = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_settings")
+        return ["input_ids", "attention_mask", *sharers]
+
+    @property
+    def settings(self) -> list[PairSettings]:
+        """Per sharer, what a model must agree on with this processor."""
+        if self._tokenizer_hashes is None:
+            # The hash of a large vocabulary takes a second.
+            self._tokenizer_hashes = [tokenizer_hash(t) for t in (self.tokenizer, *self.sharer_tokenizers)]
+        receiver_hash, *sharer_hashes = self._tokenizer_hashes
+        return [
+            PairSettings(self.mode, self.memory_grid, self.memory_sink_tokens, alignment, receiver_hash, sharer_hash)
+            for alignment, sharer_hash in zip(self.token_alignments, sharer_hashes, strict=True)
+        ]
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -352,9 +367,10 @@ class C2CProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask`, `(batch_size, seq_len)`; `sharer_input_ids` and `sharer_attention_mask`,
             `(batch_size, sharer_seq_len)`; `sharer_alignment`, `(batch_size, seq_len)`, the sharer position with which
-            each receiver position is aligned or -1. With several sharers the last three are lists. In memory mode the
+            each receiver position is aligned or -1. With several sharers the last four are lists. In memory mode the
             prompt contains the slots: the alignment names the sharer token that fills each, and is -1 elsewhere. On
             the receiver's grid `input_ids` has the context's tokens there, which the receiver does not compute.
+            `sharer_settings`, `(batch_size, 6)`, lets the model refuse inputs of a processor that is not its own.
 
         Raises:
             ValueError: For an empty list or text, contexts that do not fit, or lengths no tensor can hold.
@@ -566,7 +582,9 @@ class C2CProcessor(ProcessorMixin):
             _sharer_grid(tokens.ids, tokenizer.bos_token_id)
             for tokens, tokenizer in zip(contexts, self.sharer_tokenizers, strict=True)
         ]
-        sink, rest = receiver.ids[: self.memory_sink_tokens], receiver.ids[self.memory_sink_tokens :]
+        # The last token of a prompt comes after the slots, since it is the one that predicts the answer.
+        num_sink = min(self.memory_sink_tokens, len(receiver.ids) - 1)
+        sink, rest = receiver.ids[:num_sink], receiver.ids[num_sink:]
         # The ids of slots are not used; the padding token is skipped when outputs are decoded.
         slots = [pad_token_id(self.tokenizer)] * sum(map(len, fillers))
         ids = [*sink, *slots, *rest]
@@ -587,13 +605,14 @@ class C2CProcessor(ProcessorMixin):
         ]
         outputs = [layout.output(column, single) for column in columns]
         per_sharer = []
-        for index, tokenizer in enumerate(self.sharer_tokenizers):
+        for index, (tokenizer, settings) in enumerate(zip(self.sharer_tokenizers, self.settings, strict=True)):
             sharer_rows = [row.sharers[index] for row in rows]
             sharer_ids = layout.pad([row.ids for row in sharer_rows], pad_token_id(tokenizer))
             width = sharer_ids.shape[1]
             shifted = [np.where(row.alignment < 0, -1, row.alignment + width - len(row.ids)) for row in sharer_rows]
             mask, alignment = layout.pad([row.mask for row in sharer_rows], 0), layout.pad(shifted, -1)
-            per_sharer.append([layout.output(tensor, single) for tensor in (sharer_ids, mask, alignment)])
+            tensors = (sharer_ids, mask, alignment, settings.to_tensor(len(rows)))
+            per_sharer.append([layout.output(tensor, single) for tensor in tensors])
         outputs += per_sharer[0] if len(per_sharer) == 1 else map(list, zip(*per_sharer, strict=True))
         return BatchFeature(dict(zip(self.model_input_names, outputs, strict=True)))
 
@@ -696,12 +715,15 @@ class C2CProcessor(ProcessorMixin):
             if not folders[-1].is_dir():
                 raise ValueError(f"`{name}` lacks the sharer's tokenizer folder `{folders[-1].name}`.")
         tokenizers = [load_tokenizer(place, tokenizer_kwargs) for place in folders]
+        hashes = [tokenizer_hash(tokenizer) for tokenizer in tokenizers]
         saved_hashes = config.get("tokenizer_hashes") or [None] * len(folders)
-        for place, tokenizer, saved in zip(folders, tokenizers, saved_hashes, strict=False):
-            if saved is not None and tokenizer_hash(tokenizer) != saved:
+        for place, found, saved in zip(folders, hashes, saved_hashes, strict=False):
+            if saved is not None and found != saved:
                 raise ValueError(
                     f"`{name}`: the vocabulary in {place.name!r} is not the saved one, whose hash is {saved}; "
                     "download or save the processor anew."
                 )
         fields = {key: kwargs.get(key, config.get(key)) for key in _FIELDS if key in kwargs or key in config}
-        return cls(tokenizers[0], tokenizers[1:], **fields)
+        processor = cls(tokenizers[0], tokenizers[1:], **fields)
+        processor._tokenizer_hashes = hashes
+        return processor

@@ -12,7 +12,14 @@ CHAT = [
     {"role": "assistant", "content": "Paris 北京"},
     {"role": "user", "content": "user"},
 ]
-NAMES = ["input_ids", "attention_mask", "sharer_input_ids", "sharer_attention_mask", "sharer_alignment"]
+NAMES = [
+    "input_ids",
+    "attention_mask",
+    "sharer_input_ids",
+    "sharer_attention_mask",
+    "sharer_alignment",
+    "sharer_settings",
+]
 
 
 def sharer_tokenizer(**kwargs: object) -> PreTrainedTokenizerBase:

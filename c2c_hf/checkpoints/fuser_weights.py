@@ -118,15 +118,21 @@ def read_safetensors(path: str) -> dict[str, torch.Tensor]:
     """Read one file, from the Hub's cache or anywhere else.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: It is damaged, or a weight is not finite.
     """
     check_download(Path(path))
     try:
-        return load_file(path)
+        weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(
             f"{Path(path).name} is truncated or no safetensors file ({error}); download or save it anew."
         ) from error
+    for name, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"The weight {name} in {Path(path).name} holds numbers that are not finite; download or save it anew."
+            )
+    return weights
 
 
 def check_fuser_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

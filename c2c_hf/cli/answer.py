@@ -33,8 +33,8 @@ def demo(
         typer.Option(
             "--question",
             metavar="TEXT",
-            help="About the document; once per question. Without any, those with known answers in the file of the same "
-            "name with the ending .jsonl, which are counted.",
+            help="About the document; once per question. Without any, those with known answers in the file of the "
+            "same name with the ending .jsonl, which are counted.",
         ),
     ] = None,
     max_new_tokens: NewTokens = 32,

@@ -1,13 +1,13 @@
 """Caches of the receiver: [`C2CCache`], and a temporary copy that records the states of one forward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
 
-from .._compat import copy_cache
+from .._compat import CACHE_ARGUMENT, copy_cache
 from .prefill import LayerStates, full_length_cache
 from .sharer_cache import SharerCache
 
@@ -17,7 +17,7 @@ class C2CCache(Cache):
 
     The layers are those of the wrapped cache, so its length, mask, reorder and crop methods act on them, and every
     state enters through the wrapped cache's own `update`. In addition it keeps the sharers' caches, which a later turn
-    continues, and with `fuse_response` the receiver's own unfused states.
+    continues, with `fuse_response` the receiver's own unfused states, and after `generate` the text that is cached.
 
     Args:
         cache: The cache to wrap: dynamic, static, quantized or offloaded. `None`: a new dynamic one.
@@ -35,6 +35,10 @@ class C2CCache(Cache):
         super().__init__(layers=self.receiver_cache.layers)
         self.sharer_caches: list[SharerCache | None] = []
         self.unfused_cache: Cache | None = None
+        #: The receiver's cached text, `(batch_size, length)`, as `generate` left it; `None`: unknown.
+        self.input_ids: torch.Tensor | None = None
+        #: `(batch_size, length)`, bool: slots that were cached while fusion was off, which hold no state to attend to.
+        self.hidden_positions: torch.Tensor | None = None
         self._fused: tuple[LayerStates, torch.Tensor] | None = None
 
     def update(
@@ -84,10 +88,55 @@ class C2CCache(Cache):
             self.unfused_cache = full_length_cache()
         return self.unfused_cache
 
+    def hide(self, positions: torch.Tensor) -> None:
+        """Leave positions out of what later tokens attend to.
+
+        Args:
+            positions: `(batch_size, length)`, bool, counted from the first cached one.
+        """
+        if self.hidden_positions is not None:
+            missing = positions.shape[1] - self.hidden_positions.shape[1]
+            positions = positions | torch.nn.functional.pad(self.hidden_positions, (0, max(0, missing)))
+        self.hidden_positions = positions
+
+    def masked(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return an attention mask `(batch_size, length)` with the hidden positions masked."""
+        if self.hidden_positions is None:
+            return attention_mask
+        missing = attention_mask.shape[1] - self.hidden_positions.shape[1]
+        hidden = torch.nn.functional.pad(self.hidden_positions, (0, missing))
+        return attention_mask.masked_fill(hidden.to(attention_mask.device), 0)
+
+    def check_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Refuse a text that does not begin with the cached one.
+
+        Args:
+            input_ids: `(batch_size, seq_len)`, the whole text.
+            attention_mask: `(batch_size, seq_len)`, or `None`.
+
+        Raises:
+            ValueError: It does not.
+        """
+        length = min(self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1])
+        if self.input_ids is None or length == 0 or input_ids.shape[1] <= length:
+            return
+        same = len(input_ids) == len(self.input_ids)
+        if same:
+            differs = input_ids[:, :length] != self.input_ids[:, :length].to(input_ids.device)
+            if attention_mask is not None:
+                differs &= attention_mask[:, :length].to(differs.device) != 0
+            same = not bool(differs.any())
+        if not same:
+            raise ValueError(
+                f"`{CACHE_ARGUMENT}`: the cache holds {length} tokens of another text than `input_ids` begins with; "
+                "continue the cached text, crop the cache, or start with an empty one."
+            )
+
     def reset(self) -> None:
         """Empty the cache and drop the sharers' caches."""
         super().reset()
         self.sharer_caches, self.unfused_cache = [], None
+        self.input_ids = self.hidden_positions = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -97,6 +146,7 @@ class C2CCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
+        self._select_texts(lambda rows: rows.repeat_interleave(repeats, 0))
         if self.unfused_cache is not None:
             self.unfused_cache.batch_repeat_interleave(repeats)
         for sharer_cache in self.sharer_caches:
@@ -126,7 +176,14 @@ class C2CCache(Cache):
             if sharer_cache is not None:
                 sharer_cache.crop(sharer_cache.input_ids.shape[1] - removed)
 
+    def _select_texts(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.input_ids is not None:
+            self.input_ids = select(self.input_ids)
+        if self.hidden_positions is not None:
+            self.hidden_positions = select(self.hidden_positions)
+
     def _select_rows(self, rows: torch.Tensor) -> None:
+        self._select_texts(lambda texts: texts[rows.to(texts.device)])
         if self.unfused_cache is not None:
             self.unfused_cache.batch_select_indices(rows)
         for sharer_cache in self.sharer_caches:

@@ -315,7 +315,7 @@ def _continued_inputs(
 
 
 def new_alignment(alignment: torch.Tensor, batch_size: int, seq_len: int, past_length: int) -> torch.Tensor:
-    """Return the new tokens' part of an alignment of the whole text; tokens after its end are not aligned.
+    """Return the new tokens' part of an alignment of these or of the whole text.
 
     Raises:
         ValueError: It has the wrong shape or holds no integers.
@@ -327,14 +327,13 @@ def new_alignment(alignment: torch.Tensor, batch_size: int, seq_len: int, past_l
     if alignment.is_floating_point():
         raise ValueError(f"`sharer_alignment` must hold integers, but got {alignment.dtype}.")
     length = alignment.shape[1]
-    if length > seq_len:
-        if length < past_length + seq_len:
-            raise ValueError(
-                f"`sharer_alignment` must cover the {seq_len} new tokens or the whole text of "
-                f"{past_length + seq_len}, but its length is {length}."
-            )
-        return alignment[:, past_length : past_length + seq_len]
-    return torch.nn.functional.pad(alignment, (0, seq_len - length), value=-1)
+    if length not in (seq_len, past_length + seq_len):
+        whole = f" or the whole text of {past_length + seq_len}" if past_length else ""
+        raise ValueError(
+            f"`sharer_alignment` must cover the {seq_len} new tokens{whole}, but its length is {length}; pad it with "
+            "-1 where `input_ids` is padded, on the same side."
+        )
+    return alignment[:, length - seq_len :]
 
 
 def tensor_per_sharer(config: C2CConfig, name: str, value: PerSharer | None) -> list[torch.Tensor]:

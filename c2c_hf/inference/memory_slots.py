@@ -107,18 +107,13 @@ def plan_memory_slots(
     )
 
 
-def hide_slots(attention_mask: torch.Tensor, alignments: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mask the slots of a prompt, so that the receiver computes what it would without them.
+def slot_positions(alignments: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return where the slots of a prompt are, `(batch_size, seq_len)`, bool.
 
     Args:
-        attention_mask: `(batch_size, seq_len)`.
-        alignments: Per sharer `(batch_size, seq_len)`, or shorter.
+        alignments: Per sharer `(batch_size, seq_len)`: the sharer position that fills a slot, -1 elsewhere.
     """
-    hidden = attention_mask.clone()
-    for alignment in alignments:
-        width = min(alignment.shape[1], hidden.shape[1])
-        hidden[:, :width][(alignment[:, :width] >= 0).to(hidden.device)] = 0
-    return hidden
+    return torch.stack([alignment >= 0 for alignment in alignments]).any(0)
 
 
 def prefill_leading_tokens(
@@ -138,11 +133,15 @@ def prefill_leading_tokens(
     """
     if plan.leading.shape[1] == 0:
         return []
-    tokens = inputs.tokens
-    leading, mask = plan.leading.to(tokens.device), plan.is_leading.to(tokens.device)
-    input_ids, position_ids = tokens.gather(1, leading), inputs.positions().gather(1, leading)
-    cache = full_length_cache()
-    prefill(receiver, cache, input_ids, mask.long(), position_ids, with_gradient=with_gradient)
+    leading, mask = plan.leading.to(inputs.tokens.device), plan.is_leading.to(inputs.tokens.device)
+    rows = torch.arange(len(leading), device=leading.device).unsqueeze(1)
+    input_ids, inputs_embeds = (
+        None if tokens is None else tokens[rows, leading] for tokens in (inputs.input_ids, inputs.inputs_embeds)
+    )
+    position_ids, cache = inputs.positions().gather(1, leading), full_length_cache()
+    prefill(
+        receiver, cache, input_ids, mask.long(), position_ids, inputs_embeds=inputs_embeds, with_gradient=with_gradient
+    )
     return cached_states(cache)
 
 

@@ -148,9 +148,19 @@ class SharerCache:
         layers: LayerStates,
         source: SharerSource | None = None,
     ) -> "SharerCache":
-        """Build from key and value states, `(batch_size, num_heads, seq_len, head_dim)` each per layer."""
+        """Build from key and value states, `(batch_size, num_heads, seq_len, head_dim)` each per layer.
+
+        Raises:
+            ValueError: A state that is not padding is not finite.
+        """
         cache = full_length_cache()
+        padding = (attention_mask == 0)[:, None, :, None]
         for layer_idx, (keys, values) in enumerate(layers):
+            for kind, states in (("keys", keys), ("values", values)):
+                if not bool((torch.isfinite(states) | padding.to(states.device)).all()):
+                    raise ValueError(
+                        f"The {kind} of layer {layer_idx} of a sharer cache are not finite; prefill the sharer anew."
+                    )
             cache.update(keys, values, layer_idx)
         return cls(input_ids, attention_mask, cache, source)
 

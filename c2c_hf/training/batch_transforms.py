@@ -31,11 +31,16 @@ def keep_random_spans(alignment: Sequence[torch.Tensor], min_fraction: float) ->
     return [positions.masked_fill(~inside, -1) for positions in alignment]
 
 
-def mismatch_sharers(batch: TrainingBatch) -> TrainingBatch:
+def mismatch_sharers(batch: TrainingBatch, mode: str = "fusion") -> TrainingBatch:
     """Give every row the sharers' inputs of the next row, the last row those of the first.
 
     The k-th fused position is aligned with the sharer position of the other row's k-th, counted from the start again
-    where the other row has fewer.
+    where the other row has fewer. Where the other row has none at all, the row is that of the receiver alone.
+
+    Args:
+        batch: Of at least two rows.
+        mode: Of the model. In memory mode aligned positions are slots, which hold no token of the receiver's: those
+            that lose their sharer position are masked.
     """
     alignments = []
     for alignment in batch.sharer_alignment:
@@ -52,8 +57,13 @@ def mismatch_sharers(batch: TrainingBatch) -> TrainingBatch:
         sharer_caches = [cache.copy() for cache in batch.sharer_caches]
         for cache in sharer_caches:
             cache.select_rows(torch.arange(len(cache.input_ids)).roll(-1))
+    attention_mask = batch.attention_mask
+    if mode == "memory":
+        for before, after in zip(batch.sharer_alignment, alignments, strict=True):
+            attention_mask = attention_mask.masked_fill((before >= 0) & (after < 0), 0)
     return replace(
         batch,
+        attention_mask=attention_mask,
         sharer_input_ids=[ids.roll(-1, 0) for ids in batch.sharer_input_ids],
         sharer_attention_mask=[mask.roll(-1, 0) for mask in batch.sharer_attention_mask],
         sharer_alignment=alignments,

@@ -87,7 +87,7 @@ def guard_loss(model: C2CForCausalLM, batch: TrainingBatch) -> torch.Tensor:
     with torch.no_grad(), model.disable_fusion():
         receiver_logits = model(**batch.model_inputs()).logits
     with_labels = model.config.fuse_response
-    fused_logits = model(**mismatch_sharers(batch).model_inputs(with_labels)).logits
+    fused_logits = model(**mismatch_sharers(batch, model.config.mode).model_inputs(with_labels)).logits
     targets, receiver_logits = next_tokens(batch.labels, receiver_logits)
     _, fused_logits = next_tokens(batch.labels, fused_logits)
     is_answer = targets != -100

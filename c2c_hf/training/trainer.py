@@ -62,6 +62,7 @@ class C2CTrainer(CheckpointingTrainer):
         TypeError: `model` or `args` is of another class.
         ValueError: Nothing to train: `train_fuser=False` without an adapter; or `min_fused_fraction` in memory mode.
         ValueError: `sharer_cache_dir` with `fuse_response=True`.
+        ValueError: The processor is not that of the model: another mode, alignment or vocabulary.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which is not supported.
     """
 
@@ -90,6 +91,8 @@ class C2CTrainer(CheckpointingTrainer):
             if processing_class is None:
                 raise ValueError("Either `processing_class` or `data_collator` must be given, but got neither.")
             data_collator = C2CDataCollator(processing_class)
+        if isinstance(processing_class, C2CProcessor):
+            model.check_processor(processing_class.settings)
         if peft_config is not None:
             add_adapter(model.receiver, peft_config)
         if model.config.mode == "memory" and args.min_fused_fraction != 1.0:

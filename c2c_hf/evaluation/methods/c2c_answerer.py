@@ -66,6 +66,9 @@ class C2CAnswerer(Answerer):
     control: Control = field(default_factory=Control)
     prefills: SharerPrefills | None = None
 
+    def __post_init__(self) -> None:
+        self.c2c_model.check_processor(self.processor.settings)
+
     @property
     def model(self) -> PreTrainedModel:
         """The C2C model."""

@@ -1,4 +1,4 @@
-"""Private notes: made-up facts as in `private_facts`, in other words, so that a fuser trained on one is tested on both.
+"""Private notes: made-up facts as in `private_facts`, in other words, to test fusers that were trained on those.
 
 Every context is a note about four people, in whole sentences that hold the fact anywhere; the question asks for one
 word, and the choices are ten values of that kind. No name and no wording is that of `private_facts`.
