@@ -51,7 +51,9 @@ def first_answer(answers: object) -> str:
     """
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"`answers` must be a list of texts, or a dictionary with one in `text`, got {answers!r:.80}.")
+        raise ValueError(
+            f"`answers` must be a list of texts, or a dictionary with one in `text`, got {answers!r:.80}."
+        )
     return next((text.strip() for text in texts if text.strip()), "")
 
 
