@@ -63,13 +63,8 @@ def mismatch_sharers(batch: TrainingBatch, rows: torch.Tensor, memory: bool) -> 
         These rows alone.
     """
     own, other = batch.select_rows(rows), batch.select_rows((rows + 1) % len(batch.labels))
-    sharers = {
-        "sharer_input_ids": other.sharer_input_ids,
-        "sharer_attention_mask": other.sharer_attention_mask,
-        "sharer_caches": other.sharer_caches,
-    }
     if memory:
-        return replace(_replace_slots(own, other), **sharers)
+        return _replace_slots(own, other)
     alignments = []
     for own_alignment, other_alignment in zip(own.sharer_alignment, other.sharer_alignment, strict=True):
         mismatched = torch.full_like(own_alignment, -1)
@@ -79,11 +74,17 @@ def mismatch_sharers(batch: TrainingBatch, rows: torch.Tensor, memory: bool) -> 
                 order = torch.arange(len(fused), device=fused.device) % len(sharer_positions)
                 result[fused] = sharer_positions[order]
         alignments.append(mismatched)
-    return replace(own, sharer_alignment=alignments, **sharers)
+    return replace(
+        own,
+        sharer_input_ids=other.sharer_input_ids,
+        sharer_attention_mask=other.sharer_attention_mask,
+        sharer_alignment=alignments,
+        sharer_caches=other.sharer_caches,
+    )
 
 
 def _replace_slots(own: TrainingBatch, other: TrainingBatch) -> TrainingBatch:
-    """Replace the slots of every row's prompt by those of the same row of another batch of the same width."""
+    """Replace the slots of every row by those of the same row of another batch of the same width, sharers included."""
     width = own.input_ids.shape[1]
     length = width - own.logits_to_keep + 1
     slots = [torch.stack([alignment >= 0 for alignment in part.sharer_alignment]).any(0) for part in (own, other)]
@@ -114,7 +115,10 @@ def _replace_slots(own: TrainingBatch, other: TrainingBatch) -> TrainingBatch:
         input_ids=rebuild(own.input_ids, other.input_ids, None),
         attention_mask=rebuild(own.attention_mask, other.attention_mask, 0),
         labels=rebuild(own.labels, no_labels, -100),
+        sharer_input_ids=other.sharer_input_ids,
+        sharer_attention_mask=other.sharer_attention_mask,
         sharer_alignment=[
             rebuild(*pair, -1) for pair in zip(own.sharer_alignment, other.sharer_alignment, strict=True)
         ],
+        sharer_caches=other.sharer_caches,
     )

@@ -8,8 +8,9 @@
 | questions on passages | `context`, `question`, `answers` (texts, or in `text` as in SQuAD); the first is learned |
 | text, in memory mode on the receiver's grid | `text`; what is before a random cut is sharer-only context |
 
-Of questions on passages, the passage is the sharer-only context, and up to three questions on it are turns of one chat.
-In memory mode these columns come before those of multiple choice, which some such files have as well. Each other kind may have `sharer_context`, a text that only the sharers prefill, and `id`, which errors name.
+Of questions on passages, the passage is the sharer-only context, and up to three questions on it are turns of one
+chat. In memory mode these columns come before those of multiple choice, which some such files have as well. Each other
+kind may have `sharer_context`, a text that only the sharers prefill, and `id`, which errors name.
 """
 
 import gzip
@@ -163,6 +164,7 @@ def prepare_dataset(
         )
     if not len(kept):
         raise ValueError(
-            f"{name} leaves no example to use: it is empty, its texts are too short, or `max_length={max_length}` is too small."
+            f"{name} leaves no example to use: it is empty, its texts are too short, or `max_length={max_length}` is "
+            "too small."
         )
     return kept

@@ -40,8 +40,9 @@ class C2CTrainer(CheckpointingTrainer):
     `initial_gate_temperature` to its `final_gate_temperature` over the run's real number of steps. Evaluation uses
     hard gates. Besides the loss it logs `gates_open_key` and `gates_open_value` (share of the gates that are open at
     inference), `mean_weight` (of the dynamic weights), `guard_loss` (per token, unweighted), `choice_loss` (per
-    question), with distillation or continuations their loss and that of the answers apart (`answer_loss`,
-    `answer_distillation_loss`, `continuation_loss`, ..., per token, unweighted), `gate_temperature` and `tokens_per_second` (the receiver's tokens, prompts included, of all processes).
+    question), `gate_temperature` and `tokens_per_second` (the receiver's tokens, prompts included, of all processes).
+    With distillation or continuations it logs the losses of answers and of continuations apart, per token, unweighted:
+    `answer_loss`, `answer_distillation_loss`, `continuation_loss` and `continuation_distillation_loss`.
 
     A checkpoint holds the fuser, never a base model. It appears in its place when it is complete, so that a run that
     is killed at any moment resumes from the last one, bit for bit.
@@ -99,8 +100,8 @@ class C2CTrainer(CheckpointingTrainer):
         on_receiver_grid = model.config.mode == "memory" and model.config.memory_grid == "receiver"
         if args.distillation_weight and not on_receiver_grid:
             raise ValueError(
-                "`distillation_weight` must be 0 without `mode='memory'` and `memory_grid='receiver'`, where the prompt "
-                "holds the tokens of the context for the receiver to prefill."
+                "`distillation_weight` must be 0 without `mode='memory'` and `memory_grid='receiver'`, where "
+                "`input_ids` holds the tokens of the context for the receiver to prefill."
             )
         if not args.train_fuser:
             model.fuser.requires_grad_(False)
