@@ -181,8 +181,8 @@ class DataArguments:
         train_data: JSON Lines files (`.jsonl`, `.jsonl.gz`) and Hub ids; several are concatenated.
         train_weights: Share of the examples of each training data set, in any unit; those that are used up start again
             until the last one is. `None`: all examples, once per epoch.
-        excluded_data: Files and Hub ids, test sets say: training rows whose texts have 20 words in a row in common with
-            them are left out.
+        excluded_data: Files and Hub ids, test sets say: training rows whose texts have 20 words in a row in common
+            with them are left out.
         eval_data: The same as `train_data` for evaluation.
         dataset_config: Configuration name of the Hub data sets.
         train_split: Split of the Hub data sets to train on, slices such as `train[:1000]` included.
