@@ -9,6 +9,8 @@ from ..fusers.c2c import GATE_NOISES
 
 #: The gate noise of each preset; in all else they are the same.
 PRESETS = {"default": "logistic", "paper": "gumbel"}
+#: Weights of the losses.
+_WEIGHTS = ("answer_weight", "continuation_weight", "distillation_weight", "guard_weight", "choice_weight")
 
 
 @dataclass
@@ -24,11 +26,17 @@ class C2CTrainingArguments(TrainingArguments):
             `"paper"`, `"logistic"` for `"default"`.
         min_fused_fraction: Each row of a batch fuses one random contiguous span of its aligned positions, whose share
             is drawn between this and 1. 1, as in the paper: all of them.
-        guard_weight: Weight of the guard loss: the divergence KL(receiver || fused) over the answer tokens, per token,
-            where every row gets the sharers' inputs of another row in the batch (the k-th fused position is aligned
-            with what is aligned with that row's k-th, counted from the start again at its end). It trains the fuser
-            not to change the answer for sharers with unrelated text. Costs two more forward passes of the receiver. 0,
-            as in the paper: off.
+        answer_weight: Weight of the cross-entropy of answers.
+        continuation_weight: The same of texts that continue their sharer-only context.
+        distillation_weight: Weight of KL(receiver that prefills the context itself || receiver with memory) per token,
+            of answers and continuations; in memory mode on the receiver's grid. Costs one more forward pass of the
+            receiver, over the context. 0: off.
+        guard_weight: Weight of the guard loss: KL(receiver without sharers || with them) per token of mismatched rows,
+            which get the sharers' inputs of another row in the batch and have no other loss. In memory mode these are
+            all slots of that row; else the k-th fused position is aligned with what is aligned with that row's k-th,
+            counted from the start again at its end. It trains the fuser not to change the answer for sharers with
+            unrelated text. 0, as in the paper: off.
+        mismatched_rate: With a guard loss, the share of mismatched rows among those with answers.
         choice_weight: Weight of the choice loss of multiple choice questions: the cross-entropy of the right answer
             among all, each scored by its mean log-likelihood per token (the length-normalized loss of arXiv
             2205.05638), one per question, added to the sum over the answer tokens before that is averaged. Needs an
@@ -66,7 +74,11 @@ class C2CTrainingArguments(TrainingArguments):
     preset: str = field(default="default", metadata={"help": f"One of {', '.join(PRESETS)}."})
     gate_noise: str | None = field(default=None, metadata={"help": f"One of {', '.join(GATE_NOISES)}."})
     min_fused_fraction: float = field(default=1.0, metadata={"help": "Smallest share of the positions that fuse."})
+    answer_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy of answers."})
+    continuation_weight: float = field(default=1.0, metadata={"help": "The same of continuations of a context."})
+    distillation_weight: float = field(default=0.0, metadata={"help": "Weight of the KL to the prefilling receiver."})
     guard_weight: float = field(default=0.0, metadata={"help": "Weight of the guard loss."})
+    mismatched_rate: float = field(default=0.25, metadata={"help": "Share of the rows that have the guard loss."})
     choice_weight: float = field(default=0.0, metadata={"help": "Weight of the choice loss."})
     sharer_cache_dir: str | None = field(default=None, metadata={"help": "Folder that keeps the sharers' caches."})
     sharer_cache_int8: bool = field(default=False, metadata={"help": "Round these caches to 8 bits."})
@@ -97,10 +109,17 @@ class C2CTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not 0.0 < self.min_fused_fraction <= 1.0:
             raise ValueError(f"`min_fused_fraction` must be in (0, 1], but got {self.min_fused_fraction!r}.")
-        for name in ("guard_weight", "choice_weight"):
+        for name in _WEIGHTS:
             # Not `value < 0`, which lets NaN pass.
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"`{name}` must be at least 0, but got {getattr(self, name)!r}.")
+        if not 0.0 < self.mismatched_rate <= 1.0:
+            raise ValueError(
+                f"`mismatched_rate` must be in (0, 1], but got {self.mismatched_rate!r}; `guard_weight=0` switches "
+                "mismatched rows off."
+            )
+        if self.choice_weight and self.distillation_weight:
+            raise ValueError("`choice_weight` and `distillation_weight` do not go together: set one of them to 0.")
         if self.choice_weight and self.label_smoothing_factor:
             raise ValueError("`choice_weight` and `label_smoothing_factor` do not go together: set one of them to 0.")
         if self.guard_weight and self.per_device_train_batch_size < 2:

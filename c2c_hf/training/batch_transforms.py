@@ -1,4 +1,4 @@
-"""Changes of a training batch: fuse a random span of each row, or take the sharers' inputs of another row."""
+"""Changes of a training batch: fuse a random span of each row, or give rows the sharers' inputs of another row."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,41 +31,94 @@ def keep_random_spans(alignment: Sequence[torch.Tensor], min_fraction: float) ->
     return [positions.masked_fill(~inside, -1) for positions in alignment]
 
 
-def mismatch_sharers(batch: TrainingBatch, mode: str = "fusion") -> TrainingBatch:
-    """Give every row the sharers' inputs of the next row, the last row those of the first.
+def draw_rows(is_candidate: torch.Tensor, rate: float) -> torch.Tensor:
+    """Draw each candidate with the probability `rate`; at least one row of a batch is not drawn.
 
-    The k-th fused position is aligned with the sharer position of the other row's k-th, counted from the start again
-    where the other row has fewer. Where the other row has none at all, the row is that of the receiver alone.
+    Args:
+        is_candidate: `(batch_size,)`, bool.
+        rate: Between 0 and 1.
+
+    Returns:
+        `(batch_size,)`, bool, on the CPU.
+    """
+    # Drawn on the CPU, whose generator state every checkpoint holds.
+    values = torch.rand(len(is_candidate))
+    drawn = is_candidate.cpu() & (values < rate)
+    if bool(drawn.all()):
+        drawn[values.argmax()] = False
+    return drawn
+
+
+def mismatch_sharers(batch: TrainingBatch, rows: torch.Tensor, memory: bool) -> TrainingBatch:
+    """Give rows the sharers' inputs of the row behind each in the batch, behind the last one the first.
 
     Args:
         batch: Of at least two rows.
-        mode: Of the model. In memory mode aligned positions are slots, which hold no token of the receiver's: those
-            that lose their sharer position are masked.
+        rows: `(num_rows,)`, which rows.
+        memory: Whether the model is in memory mode. There a prompt gets all slots of the other row in place of its
+            own. Else the k-th fused position is aligned with the sharer position of the other row's k-th, counted from
+            the start again where the other row has fewer.
+
+    Returns:
+        These rows alone.
     """
+    own, other = batch.select_rows(rows), batch.select_rows((rows + 1) % len(batch.labels))
+    if memory:
+        return _replace_slots(own, other)
     alignments = []
-    for alignment in batch.sharer_alignment:
-        mismatched = torch.full_like(alignment, -1)
-        for row, other_row, result in zip(alignment, alignment.roll(-1, 0), mismatched, strict=True):
+    for own_alignment, other_alignment in zip(own.sharer_alignment, other.sharer_alignment, strict=True):
+        mismatched = torch.full_like(own_alignment, -1)
+        for row, other_row, result in zip(own_alignment, other_alignment, mismatched, strict=True):
             fused, sharer_positions = (row >= 0).nonzero().flatten(), other_row[other_row >= 0]
             if len(sharer_positions):
                 order = torch.arange(len(fused), device=fused.device) % len(sharer_positions)
                 result[fused] = sharer_positions[order]
         alignments.append(mismatched)
-    sharer_caches = None
-    if batch.sharer_caches is not None:
-        # Copies: the originals are used once more.
-        sharer_caches = [cache.copy() for cache in batch.sharer_caches]
-        for cache in sharer_caches:
-            cache.select_rows(torch.arange(len(cache.input_ids)).roll(-1))
-    attention_mask = batch.attention_mask
-    if mode == "memory":
-        for before, after in zip(batch.sharer_alignment, alignments, strict=True):
-            attention_mask = attention_mask.masked_fill((before >= 0) & (after < 0), 0)
     return replace(
-        batch,
-        attention_mask=attention_mask,
-        sharer_input_ids=[ids.roll(-1, 0) for ids in batch.sharer_input_ids],
-        sharer_attention_mask=[mask.roll(-1, 0) for mask in batch.sharer_attention_mask],
+        own,
+        sharer_input_ids=other.sharer_input_ids,
+        sharer_attention_mask=other.sharer_attention_mask,
         sharer_alignment=alignments,
-        sharer_caches=sharer_caches,
+        sharer_caches=other.sharer_caches,
+    )
+
+
+def _replace_slots(own: TrainingBatch, other: TrainingBatch) -> TrainingBatch:
+    """Replace the slots of every row by those of the same row of another batch of the same width, sharers included."""
+    width = own.input_ids.shape[1]
+    length = width - own.logits_to_keep + 1
+    slots = [torch.stack([alignment >= 0 for alignment in part.sharer_alignment]).any(0) for part in (own, other)]
+    # Columns of `own`, and `width` more than those of `other`.
+    columns = []
+    for row, (own_slots, other_slots) in enumerate(zip(slots[0].cpu(), slots[1].cpu(), strict=True)):
+        real = own.attention_mask[row, :length].cpu().nonzero().flatten()
+        places = own_slots.nonzero().flatten()
+        if len(places):
+            before, behind = real[real < places[0]], real[real > places[-1]]
+            real = torch.cat([before, other_slots.nonzero().flatten() + width, behind])
+        columns.append(real)
+    prompt_length = max(map(len, columns))
+    pads = [prompt_length - len(row) for row in columns]
+    order = torch.stack([torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(columns, pads, strict=True)])
+    is_pad = torch.arange(prompt_length) < torch.tensor(pads)[:, None]
+
+    def rebuild(own_values: torch.Tensor, other_values: torch.Tensor, pad_value: int | None) -> torch.Tensor:
+        prompts = torch.cat([own_values, other_values], dim=1).gather(1, order.to(own_values.device))
+        if pad_value is not None:
+            prompts = prompts.masked_fill(is_pad.to(prompts.device), pad_value)
+        return torch.cat([prompts, own_values[:, length:]], dim=1)
+
+    no_labels = torch.full_like(own.labels, -100)
+    return replace(
+        own,
+        # What stands at padding makes no difference.
+        input_ids=rebuild(own.input_ids, other.input_ids, None),
+        attention_mask=rebuild(own.attention_mask, other.attention_mask, 0),
+        labels=rebuild(own.labels, no_labels, -100),
+        sharer_input_ids=other.sharer_input_ids,
+        sharer_attention_mask=other.sharer_attention_mask,
+        sharer_alignment=[
+            rebuild(*pair, -1) for pair in zip(own.sharer_alignment, other.sharer_alignment, strict=True)
+        ],
+        sharer_caches=other.sharer_caches,
     )

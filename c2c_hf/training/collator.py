@@ -30,21 +30,26 @@ class C2CDataCollator:
             examples: Each an [`~training.tokenization.Example`], as [`~training.dataset.prepare_dataset`] makes them.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels` (-100 at the prompt and at padding), all `(batch_size,
+            `input_ids`, `attention_mask` and `labels` (-100 at prompts and at padding), all `(batch_size,
             seq_len)`; `sharer_input_ids` and `sharer_attention_mask`, `(batch_size, sharer_seq_len)`, and
             `sharer_alignment`, `(batch_size, seq_len)`, with several sharers lists; `logits_to_keep`, the number of
             last positions that predict an answer, plus one. Of multiple choice also `wrong_answer_ids`, `(num_wrong,
-            length)`, padded with -100, and `wrong_answer_rows`, `(num_wrong,)`: the batch row of each.
+            length)`, padded with -100, and `wrong_answer_rows`, `(num_wrong,)`: the batch row of each. Where there are
+            rows that continue their context, `is_continuation`, `(batch_size,)`.
         """
         prompts = [torch.as_tensor(example["input_ids"]) for example in examples]
         answers = [torch.as_tensor(example["answer_ids"]) for example in examples]
+        answer_labels = [
+            ids.masked_fill(~torch.as_tensor(example.get("is_target", [True] * len(ids)), dtype=torch.bool), -100)
+            for ids, example in zip(answers, examples, strict=True)
+        ]
         prompt_mask, answer_mask = ([torch.ones_like(ids) for ids in part] for part in (prompts, answers))
         prompt_labels = [torch.full_like(ids, -100) for ids in prompts]
         answer_length = max(map(len, answers))
         batch: dict[str, torch.Tensor | list[torch.Tensor] | int] = {
             "input_ids": _join(prompts, answers, self.pad_token_id),
             "attention_mask": _join(prompt_mask, answer_mask, 0),
-            "labels": _join(prompt_labels, answers, -100),
+            "labels": _join(prompt_labels, answer_labels, -100),
         }
         no_answer = torch.full((len(examples), answer_length), -1)
         sharers: list[list[torch.Tensor]] = [[], [], []]
@@ -65,6 +70,8 @@ class C2CDataCollator:
             for name, tensors in zip(SHARER_COLUMNS, sharers, strict=True)
         )
         batch["logits_to_keep"] = answer_length + 1
+        if any(example.get("is_continuation") for example in examples):
+            batch["is_continuation"] = torch.tensor([bool(example.get("is_continuation")) for example in examples])
         wrong = [(row, ids) for row, example in enumerate(examples) for ids in example.get("wrong_answer_ids", ())]
         if wrong:
             batch["wrong_answer_rows"] = torch.tensor([row for row, _ in wrong])
@@ -79,7 +86,7 @@ class TrainingBatch:
     Attributes:
         input_ids: `(batch_size, seq_len)`.
         attention_mask: `(batch_size, seq_len)`.
-        labels: `(batch_size, seq_len)`, -100 at the prompt and at padding.
+        labels: `(batch_size, seq_len)`, -100 at prompts and at padding.
         logits_to_keep: Number of last positions whose logits are needed. 0: all.
         sharer_input_ids: Per sharer `(batch_size, sharer_seq_len)`.
         sharer_attention_mask: Per sharer `(batch_size, sharer_seq_len)`.
@@ -87,6 +94,7 @@ class TrainingBatch:
         sharer_caches: Per sharer the cache of its text. `None`: the sharers run.
         wrong_answer_ids: `(num_wrong, length)`, padded with -100. `None`: there are none.
         wrong_answer_rows: `(num_wrong,)`, the batch row of each.
+        is_continuation: `(batch_size,)`, bool: rows that continue their context. `None`: there are none.
     """
 
     input_ids: torch.Tensor
@@ -99,6 +107,7 @@ class TrainingBatch:
     sharer_caches: list[SharerCache] | None = None
     wrong_answer_ids: torch.Tensor | None = None
     wrong_answer_rows: torch.Tensor | None = None
+    is_continuation: torch.Tensor | None = None
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> "TrainingBatch":
@@ -111,6 +120,35 @@ class TrainingBatch:
             raise ValueError(f"`inputs` has the unknown columns {unknown}; leave them out in the data collator.")
         lists = {name: as_list(inputs[name]) for name in SHARER_COLUMNS}
         return cls(**{**inputs, **lists})
+
+    def select_rows(self, rows: torch.Tensor) -> "TrainingBatch":
+        """Return some of the rows, which keep their columns.
+
+        Args:
+            rows: `(num_rows,)`, their numbers, on the CPU.
+        """
+        names = ("input_ids", "attention_mask", "labels")
+        changed: dict[str, Any] = {name: _select(getattr(self, name), rows) for name in names}
+        changed |= {name: [_select(tensor, rows) for tensor in getattr(self, name)] for name in SHARER_COLUMNS}
+        if self.sharer_caches is not None:
+            # Copies: the originals are used once more.
+            changed["sharer_caches"] = [cache.copy() for cache in self.sharer_caches]
+            for cache in changed["sharer_caches"]:
+                cache.select_rows(rows)
+        if self.is_continuation is not None:
+            changed["is_continuation"] = _select(self.is_continuation, rows)
+        if self.wrong_answer_rows is not None and self.wrong_answer_ids is not None:
+            owners = self.wrong_answer_rows.cpu()
+            kept = [(i, new) for new, row in enumerate(rows.tolist()) for i in (owners == row).nonzero().flatten()]
+            changed["wrong_answer_ids"] = changed["wrong_answer_rows"] = None
+            if kept:
+                changed["wrong_answer_ids"] = _select(self.wrong_answer_ids, torch.tensor([int(i) for i, _ in kept]))
+                changed["wrong_answer_rows"] = torch.tensor([new for _, new in kept])
+        return replace(self, **changed)
+
+    def num_targets(self) -> torch.Tensor:
+        """Return the number of tokens to be learned of each row, `(batch_size,)`."""
+        return (self.labels[:, 1:] != -100).sum(1)
 
     def prompts(self) -> "TrainingBatch":
         """Return the batch without its answers."""
@@ -139,6 +177,10 @@ class TrainingBatch:
 def as_list(value: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
     """Return one tensor per sharer."""
     return value if isinstance(value, list) else [value]
+
+
+def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return tensor[rows.to(tensor.device)]
 
 
 def _join(prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], pad_value: int) -> torch.Tensor:

@@ -5,8 +5,12 @@
 | chat | `messages` of `role` and `content`, or `conversations` of `from` and `value` (ShareGPT) |
 | multiple choice | `question`, `choices` (texts), `answer` (index) |
 | prompt and completion | `prompt`, `completion` |
+| questions on passages | `context`, `question`, `answers` (texts, or in `text` as in SQuAD); the first is learned |
+| text, in memory mode on the receiver's grid | `text`; what is before a random cut is sharer-only context |
 
-Each kind may have `sharer_context`, a text that only the sharers prefill, and `id`, which errors name.
+Of questions on passages, the passage is the sharer-only context, and up to three questions on it are turns of one
+chat. In memory mode these columns come before those of multiple choice, which some such files have as well. Each other
+kind may have `sharer_context`, a text that only the sharers prefill, and `id`, which errors name.
 """
 
 import gzip
@@ -19,6 +23,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..processing_c2c import C2CProcessor
+from .passages import PASSAGE_COLUMNS, passage_chats
 from .tokenization import FITS_COLUMN, QUESTION_TEMPLATE, RowTokenizer, check_columns
 
 logger = logging.getLogger(__name__)
@@ -84,8 +89,12 @@ def prepare_dataset(
     chat_template_kwargs: dict[str, Any] | None = None,
     name: str = "the data set",
     num_proc: int | None = None,
+    continuation_length: int = 48,
+    min_prefix_length: int = 24,
+    max_prefix_length: int | None = None,
+    seed: int = 42,
 ) -> Dataset | IterableDataset:
-    """Tokenize a data set for [`C2CDataCollator`], one example per assistant turn.
+    """Tokenize a data set for [`C2CDataCollator`], one example per assistant turn, in memory mode per chat.
 
     Args:
         dataset: Rows of one of the kinds above.
@@ -100,6 +109,12 @@ def prepare_dataset(
         chat_template_kwargs: Arguments of the chat templates, such as `{"enable_thinking": False}`.
         name: Of the data set, for errors.
         num_proc: Processes that tokenize; not used for streamed data.
+        continuation_length: Of `text` rows: largest number of receiver tokens behind the cut, of which there are at
+            least half as many.
+        min_prefix_length: Smallest number of receiver tokens in front of the cut; texts that are too short are
+            dropped.
+        max_prefix_length: Largest number of them. `None`: as many as fit in `max_length`.
+        seed: Of the cuts, and of the order, number and wording of questions on passages.
 
     Returns:
         Rows of [`~training.tokenization.Example`].
@@ -111,6 +126,12 @@ def prepare_dataset(
     if columns is None:
         columns = list(next(iter(dataset), {}))
     check_columns(columns, name)
+    is_choice = "choices" in columns and processor.mode != "memory"
+    if PASSAGE_COLUMNS <= set(columns) and not is_choice:
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"{name}: questions on passages cannot be streamed, since those on one are gathered.")
+        dataset = passage_chats(dataset, name, seed)
+        columns = dataset.column_names
     # Built now, so that no process builds them again, and the fingerprint in the cache of `datasets` covers them.
     _ = processor.token_tables
     tokenize = RowTokenizer(
@@ -121,7 +142,11 @@ def prepare_dataset(
         plain_text or (plain_choices and "choices" in columns),
         chat_template_kwargs or {},
         name,
-        log_dropped=isinstance(dataset, IterableDataset),
+        isinstance(dataset, IterableDataset),
+        continuation_length,
+        min_prefix_length,
+        max_prefix_length,
+        seed,
     )
     arguments: dict[str, object] = {"batched": True, "with_indices": True, "remove_columns": columns}
     if isinstance(dataset, IterableDataset):
@@ -138,5 +163,8 @@ def prepare_dataset(
             max_length,
         )
     if not len(kept):
-        raise ValueError(f"{name} leaves no example to use: it is empty, or `max_length={max_length}` is too small.")
+        raise ValueError(
+            f"{name} leaves no example to use: it is empty, its texts are too short, or `max_length={max_length}` is "
+            "too small."
+        )
     return kept

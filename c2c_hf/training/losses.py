@@ -1,13 +1,13 @@
-"""Training losses: cross-entropy of the answers, choice loss of multiple choice questions, guard loss."""
+"""Training losses: cross-entropy, choice loss of multiple choice questions, distillation, guard loss."""
 
 import itertools
 
 import torch
 from torch import nn
 
+from ..inference.inputs import ReceiverInputs
 from ..inference.loglikelihood import scores_after
-from ..modeling_c2c import C2CForCausalLM
-from .batch_transforms import mismatch_sharers
+from ..modeling_c2c import C2CForCausalLM, run_receiver
 from .collator import TrainingBatch
 
 
@@ -61,10 +61,13 @@ def choice_losses(
         loss of every question that has wrong answers, `(num_questions,)`.
 
     Raises:
-        ValueError: The batch has no wrong answers.
+        ValueError: The batch has no wrong answers, or a row of several turns.
     """
     if batch.wrong_answer_ids is None or batch.wrong_answer_rows is None:
         raise ValueError("`batch` has no `wrong_answer_ids`, which the choice loss compares with the right answers.")
+    is_target = batch.labels != -100
+    if bool((is_target[:, 1:] & ~is_target[:, :-1]).sum(1).gt(1).any()):
+        raise ValueError("`choice_weight` must be 0 with chats whose turns are one example, as in memory mode.")
     answers = [[row[row != -100]] for row in batch.labels]
     for ids, row in zip(batch.wrong_answer_ids, batch.wrong_answer_rows.tolist(), strict=True):
         answers[row].append(ids[ids != -100])
@@ -77,21 +80,56 @@ def choice_losses(
     return -scores.logprobs[right_answers], choice
 
 
-def guard_loss(model: C2CForCausalLM, batch: TrainingBatch) -> torch.Tensor:
-    """Return KL(receiver || fused with the sharers' inputs of another row), summed over the answer tokens.
+def guard_losses(model: C2CForCausalLM, batch: TrainingBatch) -> torch.Tensor:
+    """Return KL(receiver without sharers || with them) of every token to be learned.
 
     Args:
         model: The pair.
-        batch: Of at least two rows.
+        batch: Rows with the sharers' inputs of other rows.
+
+    Returns:
+        `(num_targets,)`, float32, row by row.
     """
     with torch.no_grad(), model.disable_fusion():
         receiver_logits = model(**batch.model_inputs()).logits
-    with_labels = model.config.fuse_response
-    fused_logits = model(**mismatch_sharers(batch, model.config.mode).model_inputs(with_labels)).logits
-    targets, receiver_logits = next_tokens(batch.labels, receiver_logits)
-    _, fused_logits = next_tokens(batch.labels, fused_logits)
-    is_answer = targets != -100
-    receiver_logprobs, fused_logprobs = (
-        logits[is_answer].log_softmax(-1) for logits in (receiver_logits, fused_logits)
+    logits = model(**batch.model_inputs(with_labels=model.config.fuse_response)).logits
+    return divergences(batch.labels, receiver_logits, logits)
+
+
+def distillation_losses(model: C2CForCausalLM, batch: TrainingBatch, logits: torch.Tensor) -> torch.Tensor:
+    """Return KL(receiver that prefills the context itself || receiver with memory) of every token to be learned.
+
+    On the receiver's grid `input_ids` holds the context's tokens at the slots, which the receiver runs over here.
+
+    Args:
+        model: The pair, in memory mode on the receiver's grid.
+        batch: The rows.
+        logits: `(batch_size, logits_to_keep, vocab_size)`, of the pair.
+
+    Returns:
+        `(num_targets,)`, float32, row by row.
+    """
+    inputs = ReceiverInputs(batch.input_ids, None, batch.attention_mask, None).with_positions()
+    with torch.no_grad():
+        outputs = run_receiver(model.receiver, inputs, None, None, False, batch.logits_to_keep, {})
+    return divergences(batch.labels, outputs.logits[:, -batch.logits_to_keep :], logits)
+
+
+def divergences(labels: torch.Tensor, receiver_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return KL(receiver || pair) of the next token, where there are labels.
+
+    Args:
+        labels: `(batch_size, seq_len)`, -100 where nothing is to be learned.
+        receiver_logits: `(batch_size, logits_to_keep, vocab_size)`, of the last positions.
+        logits: The same of the pair.
+
+    Returns:
+        `(num_targets,)`, float32, row by row.
+    """
+    kept = logits.shape[1] - 1
+    is_target = labels[:, labels.shape[1] - kept :] != -100
+    # Picked before they become float32, since there are many of them.
+    receiver_logprobs, logprobs = (
+        each[:, :-1][is_target.to(each.device)].float().log_softmax(-1) for each in (receiver_logits, logits)
     )
-    return nn.functional.kl_div(fused_logprobs, receiver_logprobs, reduction="sum", log_target=True)
+    return nn.functional.kl_div(logprobs, receiver_logprobs, reduction="none", log_target=True).sum(-1)

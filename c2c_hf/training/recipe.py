@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
@@ -22,6 +22,7 @@ from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .arguments import C2CTrainingArguments
 from .dataset import load_rows, prepare_dataset
+from .passages import exclude_overlaps, rows_word_runs
 from .tokenization import ANSWER_FORMATS, QUESTION_TEMPLATE
 
 #: Fields of [`ModelArguments`] that are fields of the configuration.
@@ -178,10 +179,14 @@ class DataArguments:
 
     Args:
         train_data: JSON Lines files (`.jsonl`, `.jsonl.gz`) and Hub ids; several are concatenated.
-        eval_data: The same for evaluation.
+        train_weights: Share of the examples of each training data set, in any unit; those that are used up start again
+            until the last one is. `None`: all examples, once per epoch.
+        excluded_data: Files and Hub ids, test sets say: training rows whose texts have 20 words in a row in common
+            with them are left out.
+        eval_data: The same as `train_data` for evaluation.
         dataset_config: Configuration name of the Hub data sets.
         train_split: Split of the Hub data sets to train on, slices such as `train[:1000]` included.
-        eval_split: Split of the Hub data sets to evaluate on.
+        eval_split: Split of the Hub data sets to evaluate on, and of those in `excluded_data`.
         max_train_rows: Use the first rows of each training data set only. `None`: all.
         max_eval_rows: The same for evaluation.
         streaming: Load training data while training; needs `max_steps`.
@@ -190,6 +195,9 @@ class DataArguments:
         answer_format: Answer to a multiple choice question: `"letter"`, `"text"` of the choice, or `"both"`.
         question_template: Prompt of a multiple choice question, with `{question}` and, unless the answer is a
             `"text"`, `{choices}`.
+        continuation_length: Of `text` rows: largest number of receiver tokens to continue with.
+        min_prefix_length: Smallest number of receiver tokens in front of them.
+        max_prefix_length: Largest number of them. `None`: as many as fit in `max_length`.
         plain_text: Take prompts as plain text although the receiver has a chat template.
         plain_choices: The same for multiple choice only.
         chat_template_kwargs: Arguments of the chat templates, such as `{"enable_thinking": false}`.
@@ -199,6 +207,8 @@ class DataArguments:
     """
 
     train_data: list[str] = field(default_factory=list)
+    train_weights: list[float] | None = None
+    excluded_data: list[str] = field(default_factory=list)
     eval_data: list[str] = field(default_factory=list)
     dataset_config: str | None = None
     train_split: str = "train"
@@ -210,6 +220,9 @@ class DataArguments:
     preprocessing_num_workers: int | None = None
     answer_format: str = "letter"
     question_template: str = QUESTION_TEMPLATE
+    continuation_length: int = 48
+    min_prefix_length: int = 24
+    max_prefix_length: int | None = None
     plain_text: bool = False
     plain_choices: bool = False
     chat_template_kwargs: dict | str | None = None
@@ -220,10 +233,19 @@ class DataArguments:
         for name in ("{question}", "{choices}") if self.answer_format != "text" else ("{question}",):
             if name not in self.question_template:
                 raise ValueError(f"`question_template` must contain {name}, but got {self.question_template!r}.")
-        for name in ("max_train_rows", "max_eval_rows", "shuffle_buffer_size", "preprocessing_num_workers"):
+        for name in (
+            *("max_train_rows", "max_eval_rows", "shuffle_buffer_size", "preprocessing_num_workers"),
+            *("continuation_length", "min_prefix_length", "max_prefix_length"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but got {value!r}.")
+        weights = self.train_weights
+        if weights is not None and (len(weights) != len(self.train_data) or not all(w > 0 for w in weights)):
+            raise ValueError(
+                f"`train_weights` must hold a number above 0 for each of the {len(self.train_data)} `train_data`, but "
+                f"got {weights}."
+            )
 
     def load(
         self, processor: C2CProcessor, max_length: int, seed: int = 42
@@ -233,7 +255,8 @@ class DataArguments:
         Args:
             processor: The pair's.
             max_length: See [`~training.dataset.prepare_dataset`].
-            seed: Of the shuffling of streamed data.
+            seed: Of the shuffling of streamed data, of the mixture by weights, and see
+                [`~training.dataset.prepare_dataset`].
 
         Returns:
             Training data, and evaluation data or `None`.
@@ -243,15 +266,24 @@ class DataArguments:
         """
         if not self.train_data:
             raise ValueError("`train_data` must name at least one file or Hub id, but is empty.")
+        excluded: set[int] = set()
+        for name in self.excluded_data:
+            excluded |= rows_word_runs(load_rows(name, self.eval_split, self.dataset_config))
         train = [
-            self._load(name, self.train_split, self.max_train_rows, self.streaming, processor, max_length)
+            self._load(
+                name, self.train_split, self.max_train_rows, self.streaming, processor, max_length, seed, excluded
+            )
             for name in self.train_data
         ]
         evaluation = [
-            self._load(name, self.eval_split, self.max_eval_rows, False, processor, max_length)
+            self._load(name, self.eval_split, self.max_eval_rows, False, processor, max_length, seed, set())
             for name in self.eval_data
         ]
-        train_data = concatenate_datasets(train)
+        if self.train_weights is None:
+            train_data = concatenate_datasets(train)
+        else:
+            shares = [weight / sum(self.train_weights) for weight in self.train_weights]
+            train_data = interleave_datasets(train, shares, seed, stopping_strategy="all_exhausted")
         if self.streaming:
             train_data = train_data.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
         return train_data, concatenate_datasets(evaluation) if evaluation else None
@@ -264,10 +296,14 @@ class DataArguments:
         streaming: bool,
         processor: C2CProcessor,
         max_length: int,
+        seed: int,
+        excluded: set[int],
     ) -> Dataset | IterableDataset:
         rows = load_rows(name, split, self.dataset_config, streaming)
         if max_rows is not None:
             rows = rows.take(max_rows) if streaming else rows.select(range(min(max_rows, len(rows))))
+        if excluded:
+            rows = exclude_overlaps(rows, excluded, name)
         return prepare_dataset(
             rows,
             processor,
@@ -279,6 +315,10 @@ class DataArguments:
             _parse_json(self.chat_template_kwargs),
             name,
             self.preprocessing_num_workers,
+            self.continuation_length,
+            self.min_prefix_length,
+            self.max_prefix_length,
+            seed,
         )
 
 

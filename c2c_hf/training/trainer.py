@@ -23,10 +23,10 @@ from ..fusers.c2c import C2CFuser, FuserGroup
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .arguments import PRESETS, C2CTrainingArguments
-from .batch_transforms import keep_random_spans
+from .batch_transforms import draw_rows, keep_random_spans, mismatch_sharers
 from .checkpoints import STATE_FILE, CheckpointingTrainer
 from .collator import C2CDataCollator, TrainingBatch
-from .losses import answer_losses, choice_losses, guard_loss
+from .losses import answer_losses, choice_losses, distillation_losses, guard_losses
 from .sharer_cache_store import SharerCacheStore
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class C2CTrainer(CheckpointingTrainer):
     hard gates. Besides the loss it logs `gates_open_key` and `gates_open_value` (share of the gates that are open at
     inference), `mean_weight` (of the dynamic weights), `guard_loss` (per token, unweighted), `choice_loss` (per
     question), `gate_temperature` and `tokens_per_second` (the receiver's tokens, prompts included, of all processes).
+    With distillation or continuations it logs the losses of answers and of continuations apart, per token, unweighted:
+    `answer_loss`, `answer_distillation_loss`, `continuation_loss` and `continuation_distillation_loss`.
 
     A checkpoint holds the fuser, never a base model. It appears in its place when it is complete, so that a run that
     is killed at any moment resumes from the last one, bit for bit.
@@ -61,8 +63,9 @@ class C2CTrainer(CheckpointingTrainer):
     Raises:
         TypeError: `model` or `args` is of another class.
         ValueError: Nothing to train: `train_fuser=False` without an adapter; or `min_fused_fraction` in memory mode.
-        ValueError: `sharer_cache_dir` with `fuse_response=True`.
-        ValueError: The processor is not that of the model: another mode, alignment or vocabulary.
+        ValueError: `sharer_cache_dir` with `fuse_response=True`; or `distillation_weight` where `input_ids` does not
+            hold the context, in fusion mode and on the sharer's grid.
+        ValueError: The processor is not that of the model: another mode, grid, alignment or vocabulary.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which is not supported.
     """
 
@@ -97,6 +100,12 @@ class C2CTrainer(CheckpointingTrainer):
             add_adapter(model.receiver, peft_config)
         if model.config.mode == "memory" and args.min_fused_fraction != 1.0:
             raise ValueError("`min_fused_fraction` must be 1 in memory mode, where all slots of a prompt are filled.")
+        on_receiver_grid = model.config.mode == "memory" and model.config.memory_grid == "receiver"
+        if args.distillation_weight and not on_receiver_grid:
+            raise ValueError(
+                "`distillation_weight` must be 0 without `mode='memory'` and `memory_grid='receiver'`, where "
+                "`input_ids` holds the tokens of the context for the receiver to prefill."
+            )
         if not args.train_fuser:
             model.fuser.requires_grad_(False)
             if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -218,7 +227,10 @@ class C2CTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
-        """Return the mean loss of the answer tokens, in training with choice loss and guard loss added.
+        """Return the mean loss of the answer tokens, in training with the other losses of `losses.py`.
+
+        In training there are up to three kinds of rows, answers, continuations and mismatched rows; each weighs by its
+        number of rows, and is a mean over its tokens.
 
         Args:
             model: The pair, as distributed training wraps it.
@@ -236,6 +248,15 @@ class C2CTrainer(CheckpointingTrainer):
         if training and args.min_fused_fraction < 1.0:
             batch.sharer_alignment = keep_random_spans(batch.sharer_alignment, args.min_fused_fraction)
 
+        num_tokens, num_rows = batch.num_targets().sum(), len(batch.labels)
+        mismatched = None
+        if training and args.guard_weight and num_rows > 1:
+            drawn = draw_rows(self._is_answer(batch), args.mismatched_rate)
+            if bool(drawn.any()):
+                rows = drawn.nonzero().flatten()
+                mismatched = mismatch_sharers(batch, rows, self.model.config.mode == "memory")
+                batch = batch.select_rows((~drawn).nonzero().flatten())
+
         outputs = choice = None
         if training and args.choice_weight and batch.wrong_answer_ids is not None and not return_outputs:
             losses, choice = choice_losses(self.model, model, batch)
@@ -246,14 +267,20 @@ class C2CTrainer(CheckpointingTrainer):
         if training:
             self._check_finite(batch, losses)
 
-        total, num_tokens = losses.sum(), (batch.labels[:, 1:] != -100).sum()
+        total = losses.sum()
+        if training:
+            distillation = None
+            if args.distillation_weight and outputs is not None:
+                distillation = distillation_losses(self.model, batch, outputs.logits)
+            # Times the number of tokens, by which all is divided below.
+            total = self._weighted_loss(batch, losses, distillation) * num_tokens / num_rows
         if choice is not None:
             total = total + args.choice_weight * choice.sum()
             self._logged["choice_loss"].append(choice.detach().mean())
-        if training and args.guard_weight and len(batch.labels) > 1:
-            guard = guard_loss(self.model, batch)
-            total = total + args.guard_weight * guard
-            self._logged["guard_loss"].append(guard.detach() / num_tokens)
+        if mismatched is not None:
+            guard = guard_losses(self.model, mismatched).mean()
+            total = total + args.guard_weight * guard * len(mismatched.labels) * num_tokens / num_rows
+            self._logged["guard_loss"].append(guard.detach())
         if not training:
             self._eval_sums += torch.stack([total.detach().double(), num_tokens.double()]).cpu()
 
@@ -265,6 +292,43 @@ class C2CTrainer(CheckpointingTrainer):
             # Distributed training waits for a gradient of every fuser: 0 for one that fuses no position.
             loss = loss + 0.0 * sum(parameter.sum() for parameter in self.model.fuser.parameters())
         return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def _is_answer(batch: TrainingBatch) -> torch.Tensor:
+        """Return which rows do not continue their context, `(batch_size,)`."""
+        if batch.is_continuation is None:
+            return torch.ones(len(batch.labels), dtype=torch.bool, device=batch.labels.device)
+        return ~batch.is_continuation
+
+    def _weighted_loss(
+        self, batch: TrainingBatch, losses: torch.Tensor, distillation: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the sum over answers and continuations: each one's number of rows times its mean over its tokens.
+
+        Args:
+            batch: Without mismatched rows.
+            losses: `(batch_size, length)`, the cross-entropy of each token.
+            distillation: `(num_targets,)`, row by row, or `None`.
+        """
+        args, counts, is_answer = self.args, batch.num_targets(), self._is_answer(batch)
+        total = losses.new_zeros(())
+        for kind, weight, rows in (
+            ("answer", args.answer_weight, is_answer),
+            ("continuation", args.continuation_weight, ~is_answer),
+        ):
+            if not bool(rows.any()):
+                continue
+            loss = losses[rows.to(losses.device)].sum() / counts[rows].sum().to(losses.device)
+            kind_loss = weight * loss
+            if distillation is not None:
+                of_kind = rows.repeat_interleave(counts).to(distillation.device)
+                divergence = distillation[of_kind].mean()
+                kind_loss = kind_loss + args.distillation_weight * divergence
+                self._logged[f"{kind}_distillation_loss"].append(divergence.detach())
+            if distillation is not None or batch.is_continuation is not None:
+                self._logged[f"{kind}_loss"].append(loss.detach())
+            total = total + kind_loss * rows.sum().to(losses.device)
+        return total
 
     def _check_finite(self, batch: TrainingBatch, losses: torch.Tensor) -> None:
         """Raise `ValueError` where a loss is not finite."""

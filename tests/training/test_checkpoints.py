@@ -24,6 +24,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         "save_steps": 3,
         "min_fused_fraction": 0.3,
         "guard_weight": 0.5,
+        "mismatched_rate": 0.4,
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 4,
     }
@@ -34,7 +35,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
     assert logged_losses(resumed) == logged_losses(straight)
     assert len(logged_losses(resumed)) == 6
-    assert all(entry["guard_loss"] > 0 for entry in straight.state.log_history if "loss" in entry)
+    assert any(entry.get("guard_loss", 0) > 0 for entry in straight.state.log_history)
     expected = fuser_weights(straight)
     for name, value in fuser_weights(resumed).items():
         assert torch.equal(value, expected[name]), name

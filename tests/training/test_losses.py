@@ -8,10 +8,10 @@ from datasets import Dataset
 from training_for_tests import fuser_weights, make_model, make_trainer
 
 from c2c_hf import C2CForCausalLM, C2CTrainer
-from c2c_hf.training.batch_transforms import keep_random_spans, mismatch_sharers
+from c2c_hf.training.batch_transforms import draw_rows, keep_random_spans, mismatch_sharers
 from c2c_hf.training.collator import TrainingBatch
 from c2c_hf.training.dataset import prepare_dataset
-from c2c_hf.training.losses import guard_loss
+from c2c_hf.training.losses import guard_losses
 
 
 @pytest.mark.parametrize("sharers", [1, 2])
@@ -90,10 +90,12 @@ def test_mismatched_sharers() -> None:
             "sharer_alignment": torch.tensor([[0, 1, 1, -1], [-1, 1, -1, -1], [0, -1, -1, -1]]),
         }
     )
-    mismatched = mismatch_sharers(batch)
+    mismatched = mismatch_sharers(batch, torch.arange(3), memory=False)
     assert mismatched.sharer_input_ids[0].tolist() == [[3, 4], [5, 6], [1, 2]]
     assert mismatched.sharer_attention_mask[0].tolist() == [[0, 1], [1, 1], [1, 1]]
     assert mismatched.sharer_alignment[0].tolist() == [[1, 1, 1, -1], [-1, 0, -1, -1], [0, -1, -1, -1]]
+    (last,) = mismatch_sharers(batch, torch.tensor([2]), memory=False).sharer_input_ids
+    assert last.tolist() == [[1, 2]]
     assert batch.sharer_input_ids[0].tolist() == [[1, 2], [3, 4], [5, 6]], "the batch itself stays as it is"
 
 
@@ -106,18 +108,26 @@ def test_guard_loss(tmp_path: Path) -> None:
     """Zero where the gates are closed; a gradient, and only on the fuser, where they are open."""
     trainer = make_trainer(tmp_path, guard_weight=1.0)
     model, batch = trainer.model, trainer.data_collator(list(trainer.train_dataset)[:3])
+    mismatched = mismatch_sharers(TrainingBatch.from_inputs(batch), torch.arange(3), memory=False)
     model.eval()
-    assert float(guard_loss(model, TrainingBatch.from_inputs(batch))) == pytest.approx(0.0, abs=1e-4)
+    assert guard_losses(model, mismatched).abs().max().item() == pytest.approx(0.0, abs=1e-4)
     model.train()
-    guard = guard_loss(model, TrainingBatch.from_inputs(batch))
+    guard = guard_losses(model, mismatched)
+    assert len(guard) == int((batch["labels"] != -100).sum())
+    guard = guard.sum()
     assert guard.item() > 1e-4
     guard.backward()
     assert all(p.grad is not None for p in model.fuser.parameters())
-    torch.manual_seed(1)
-    with_guard = trainer.compute_loss(model, dict(batch))
-    trainer.args.guard_weight = 0.0
-    torch.manual_seed(1)
-    assert with_guard.item() > trainer.compute_loss(model, dict(batch)).item()
+
+
+def test_rows_are_drawn_at_a_rate() -> None:
+    torch.manual_seed(0)
+    candidates = torch.tensor([True, False, True, True])
+    drawn = torch.stack([draw_rows(candidates, 0.25) for _ in range(400)])
+    assert not drawn[:, 1].any()
+    assert drawn[:, candidates].float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert draw_rows(candidates, 1.0).tolist() == candidates.tolist()
+    assert draw_rows(torch.ones(3, dtype=torch.bool), 1.0).sum() == 2, "one row keeps its own loss"
 
 
 def choice_trainer(folder: Path, model: C2CForCausalLM, **arguments) -> C2CTrainer:
@@ -146,7 +156,9 @@ def test_choice_loss_equals_separate_forward_passes(tmp_path: Path) -> None:
     for example in examples:
         means = []
         for answer in [example["answer_ids"], *example["wrong_answer_ids"]]:
-            batch = collate([{**example, "answer_ids": answer, "wrong_answer_ids": []}])
+            batch = collate(
+                [{**example, "answer_ids": answer, "is_target": [True] * len(answer), "wrong_answer_ids": []}]
+            )
             assert "wrong_answer_ids" not in batch
             means.append(-model(**batch, use_cache=False).loss)
         total += means[0].item() * -len(example["answer_ids"])
