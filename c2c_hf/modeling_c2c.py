@@ -814,8 +814,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs["sharer_caches"] = caches
         for name in SHARER_ARGUMENTS:
             if isinstance(model_kwargs.get(name), list | tuple):
+                # A cache of one row serves any batch.
                 model_kwargs[name] = [
-                    None if value is None else value.repeat_interleave(expand_size, dim=0)
+                    value
+                    if value is None or (isinstance(value, SharerCache) and len(value.input_ids) == 1)
+                    else value.repeat_interleave(expand_size, dim=0)
                     for value in model_kwargs[name]
                 ]
         return input_ids, model_kwargs

@@ -391,9 +391,13 @@ def attach_caches(config: C2CConfig, sharers: list[SharerInputs], caches: GivenC
                 "`sharer_caches` must be None with `fuse_response=True`, where sharers prefill the answer too."
             )
         _check_source(config, index, given)
-        _check_text(index, sharer, given)
         # A copy: this pass may modify the cache.
-        sharer.cache = given.copy()
+        cache, batch_size = given.copy(), sharer.input_ids.shape[0]
+        if given.input_ids.shape[0] == 1 < batch_size:
+            # One text, a document that many questions are asked about, serves the whole batch.
+            cache.select_rows(torch.zeros(batch_size, dtype=torch.long))
+        _check_text(index, sharer, cache)
+        sharer.cache = cache
     return sharers
 
 

@@ -160,6 +160,31 @@ def test_rounded_states() -> None:
     assert 0 < difference < 0.2
 
 
+@pytest.mark.parametrize("mode", ["fusion", "memory"])
+def test_one_document_for_a_batch_of_questions(mode: str) -> None:
+    """A cache of one row serves every row with the same text, and no other."""
+    tokenizer = byte_level_tokenizer()
+    bases = [tiny_model(name, seed, len(tokenizer)) for seed, name in enumerate(("llama", "qwen3"))]
+    model = C2CForCausalLM.from_receiver_and_sharers(*bases, mode=mode, token_alignment="span").eval()
+    randomize_fuser(model, 0)
+    processor = C2CProcessor.from_config(model.config, tokenizer, tokenizer)
+    questions, document = ["hello ships", "What is the capital of France?"], "The keeper counted ships"
+    inputs = processor(questions, sharer_context=document)
+    if mode == "memory":
+        one = SharerCache.prefill(model.sharers[0], processor("?", sharer_context=document)["sharer_input_ids"])
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+        expected = model.generate(**inputs, **options)
+        for more in ({}, {"num_beams": 2}):
+            expected = model.generate(**inputs, **options, **more)
+            assert torch.equal(model.generate(**inputs, **options, **more, sharer_caches=one), expected)
+        assert one.input_ids.shape[0] == 1, "the caller's stays as it is"
+        inputs = processor(questions, sharer_context=[document, "Paris is short"])
+    else:
+        one = SharerCache.prefill(model.sharers[0], inputs["sharer_input_ids"][:1])
+    with pytest.raises(ValueError, match="is that of another text, or another batch"):
+        model(**inputs, sharer_caches=one)
+
+
 def test_other_texts_are_refused() -> None:
     model = tiny_c2c()
     (state,) = read(model)
