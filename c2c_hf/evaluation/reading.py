@@ -289,7 +289,10 @@ def headline(reading: Sequence[Json]) -> Iterator[str]:
     """Yield the first lines of a report: shares of what the prefilled context gains."""
     for result in reading:
         for measure, shares in result["shares"].items():
-            if shares is None or shares.get("memory") is None:
+            if shares is None:
+                continue
+            if shares["memory"] is None:
+                yield f"**{result['task']}, {MEASURES[measure]}**: no share, since the prefilled context gains nothing."
                 continue
             line = f"**{result['task']}, {MEASURES[measure]}: {_share_text(shares['memory'])} of the prefill gain**"
             if shares.get("right_over_another") is not None:
