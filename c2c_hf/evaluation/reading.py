@@ -292,7 +292,7 @@ def headline(reading: Sequence[Json]) -> Iterator[str]:
             if shares is None:
                 continue
             if shares["memory"] is None:
-                yield f"**{result['task']}, {MEASURES[measure]}**: no share, since the prefilled context gains nothing."
+                yield f"**{result['task']}, {MEASURES[measure]}**: no share, prefilling gains nothing."
                 continue
             line = f"**{result['task']}, {MEASURES[measure]}: {_share_text(shares['memory'])} of the prefill gain**"
             if shares.get("right_over_another") is not None:
