@@ -105,6 +105,9 @@ def evaluate(
     named = [task for task in tasks if task != READING]
     loaded = load_tasks(named, None if data_dir is None else str(data_dir), limit, seed) if named else []
     reading = [load_reading(path, limit, seed, max_length) for path in data]
+    if len({task.name for task in reading}) < len(reading):
+        names = [task.name for task in reading]
+        raise ValueError(f"`data`: folder and name must differ between the files, but got {names}.")
     without_context = [task.name for task in loaded if not any(item.context for item in task.items)]
     if model.config.mode == "memory" and without_context:
         raise ValueError(
@@ -122,7 +125,7 @@ def evaluate(
         adapter=adapter,
         chat_template_kwargs=chat_template_kwargs,
         background_tokens=background_tokens,
-        **({"data": [str(path) for path in data], "max_length": max_length} if data else {}),
+        max_length=max_length,
     )
     folder = RunFolder(output, settings)
     answer_tasks(folder, loaded, built, batch_size, seed, chat, max_new_tokens)

@@ -16,7 +16,7 @@ from .methods.baselines import TextToText
 from .methods.registry import FUSER_FREE_METHODS
 from .metrics.exact_match_f1 import answer_scores
 from .metrics.intervals import paired_difference
-from .run_records import Json, Record, RunFolder, append_lines, group_records
+from .run_records import Json, Record, RunFolder, append_lines, group_records, read_lines
 from .tasks.reading import SHORT_ANSWER, ReadingTask
 from .tasks.task import Item
 
@@ -46,8 +46,7 @@ class BaselineFile:
     def __init__(self, path: Path, settings: Json, methods: Iterable[str]) -> None:
         self.path, self.settings = path, settings
         self.methods = [name for name in methods if name.rstrip("_0123456789") in FUSER_FREE_METHODS]
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines]
+        entries = [json.loads(line) for line in read_lines(path)]
         self._records = {entry["key"]: entry["record"] for entry in entries}
 
     def find(self, method: str, item: Item) -> Record | None:
@@ -63,7 +62,7 @@ class BaselineFile:
         self._records |= new
 
     def _key(self, method: str, item: Item) -> str:
-        asked = [self.settings, method, item.context, item.prompt, item.question, item.doc]
+        asked = [self.settings, method, item.prompt, item.id]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -190,7 +189,7 @@ def compute_reading(records: Sequence[Record], seed: int = 0) -> list[Json]:
     """
     results = []
     for task, by_method in group_records(records).items():
-        common = sorted(set.intersection(*(set(found) for found in by_method.values())), key=int)
+        common = sorted(set.intersection(*(set(found) for found in by_method.values())))
         answered = {method: [found[item] for item in common] for method, found in by_method.items()}
         results.append(
             {
@@ -270,7 +269,7 @@ def _by_length(answered: Mapping[str, Sequence[Record]]) -> Iterator[Json]:
     lengths = np.array([row["context_length"] for row in next(iter(answered.values()))])
     places = np.digitize(lengths, LENGTHS, right=True)
     for place in np.unique(places):
-        chosen = np.flatnonzero(places == place)
+        chosen = np.flatnonzero(places == place).tolist()
         means: dict[str, dict[str, float]] = {}
         for method, rows in answered.items():
             part = [rows[index] for index in chosen]
@@ -290,7 +289,10 @@ def headline(reading: Sequence[Json]) -> Iterator[str]:
     """Yield the first lines of a report: shares of what the prefilled context gains."""
     for result in reading:
         for measure, shares in result["shares"].items():
-            if shares is None or shares.get("memory") is None:
+            if shares is None:
+                continue
+            if shares["memory"] is None:
+                yield f"**{result['task']}, {MEASURES[measure]}**: no share, prefilling gains nothing."
                 continue
             line = f"**{result['task']}, {MEASURES[measure]}: {_share_text(shares['memory'])} of the prefill gain**"
             if shares.get("right_over_another") is not None:
@@ -319,7 +321,7 @@ def tables(reading: Sequence[Json], labels: Mapping[str, str]) -> Iterator[str]:
         yield f"| --- |{' --- |' * len(MEASURES)}"
         for method, values in result["methods"].items():
             cells = [_value_text(name, found["value"], found["interval"]) for name, found in values.items()]
-            yield f"| {labels.get(method, method)} | {' | '.join(cells)} |"
+            yield f"| {method} | {' | '.join(cells)} |"
         yield ""
         for measure in ("loglikelihood", "contains", "f1"):
             yield f"| {MEASURES[measure]} by characters of the passage | questions | {' | '.join(result['methods'])} |"
@@ -329,6 +331,9 @@ def tables(reading: Sequence[Json], labels: Mapping[str, str]) -> Iterator[str]:
                 upper = "more" if part["to"] is None else part["to"]
                 yield f"| {part['from']} to {upper} | {part['num_items']} | {' | '.join(cells)} |"
             yield ""
+    used = dict.fromkeys(method for result in reading for method in result["methods"])
+    yield from (f"- **{name}**: {labels.get(name, labels['sharer'])}" for name in used)
+    yield ""
     yield (
         f"Each method's log-likelihood is that of the first accepted answer with its end, at most {MAX_ANSWER_TOKENS} "
         f"of its own tokens. Greedy answers to the question with {SHORT_ANSWER!r} are compared with all accepted "

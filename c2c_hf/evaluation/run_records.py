@@ -63,14 +63,7 @@ class RunFolder:
         self.records += new
 
     def _load_records(self) -> list[Record]:
-        if not self.predictions.exists():
-            return []
-        whole, newline, rest = self.predictions.read_bytes().rpartition(b"\n")
-        if rest:
-            logger.info("%s ends within a line: that item is answered again.", self.predictions)
-            with self.predictions.open("r+b") as file:
-                file.truncate(len(whole) + len(newline))
-        return [self._parse(line, number) for number, line in enumerate(whole.splitlines(), start=1)]
+        return [self._parse(line, number) for number, line in enumerate(read_lines(self.predictions), start=1)]
 
     def _parse(self, line: bytes, number: int) -> Record:
         place = f"{self.predictions}, line {number}"
@@ -82,6 +75,18 @@ class RunFolder:
         if missing:
             raise ValueError(f"{place} lacks {missing}: delete that line, and its item is answered again.")
         return record
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """Read the lines of a file that [`append_lines`] writes; one that an interruption left incomplete is removed."""
+    if not path.exists():
+        return []
+    whole, newline, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        logger.info("%s ends within a line: that item is answered again.", path)
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+    return whole.splitlines()
 
 
 def append_lines(path: Path, rows: Iterable[Json]) -> None:

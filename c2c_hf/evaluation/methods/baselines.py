@@ -1,7 +1,7 @@
 """Baselines in which receiver and sharer work together without their caches: text-to-text and query routing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..run_records import Record
 from .answerer import Answerer, ContinuationScore, GeneratedAnswer, Method, Query, Seconds, prepend_text
@@ -27,6 +27,8 @@ class TextToText(Method):
     sharer: Answerer
     receiver: Answerer
     max_background_tokens: int = 256
+    # A batch may be scored, and then answered.
+    _last: tuple[list[Query], list[GeneratedAnswer]] = field(default=([], []), init=False)
 
     def score(self, queries: Sequence[Query], continuations: Sequence[Sequence[str]]) -> list[list[ContinuationScore]]:
         """Score continuations of the background and the prompt.
@@ -64,7 +66,9 @@ class TextToText(Method):
 
     def _with_background(self, queries: Sequence[Query]) -> tuple[list[Query], list[GeneratedAnswer]]:
         requests = [self._request(query) for query in queries]
-        backgrounds = self.sharer.generate(requests, self.max_background_tokens, ("\n",))
+        if requests != self._last[0]:
+            self._last = requests, self.sharer.generate(requests, self.max_background_tokens, ("\n",))
+        backgrounds = self._last[1]
         extended = [
             Query(
                 prepend_text(f"Background: {_BEGINNING} {background.text.strip()}\n\n", query.prompt),

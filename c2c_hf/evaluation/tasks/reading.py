@@ -1,6 +1,7 @@
 """Reading: questions about passages from JSON Lines files, with accepted answers in words."""
 
 import gzip
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -35,10 +36,10 @@ class ReadingTask(EvaluationTask):
         """
         items, mismatched = self.items, {}
         for place, item in enumerate(items):
-            is_last = place == len(items) - 1
-            partner = place - 1 if place % 2 or is_last else place + 1
-            rest = sorted(range(len(items)), key=lambda other, place=place: abs(other - place))
-            others = (items[other] for other in (partner, *rest))
+            is_first_of_two = place % 2 == 0 and place + 1 < len(items)
+            steps = (1, -1) if is_first_of_two else (-1, 1)
+            nearby = (place + sign * step for step in range(1, len(items)) for sign in steps)
+            others = (items[index] for index in nearby if 0 <= index < len(items))
             other = next((other for other in others if other.context != item.context), None)
             if other is None:
                 raise ValueError(f"`data`: {self.name!r} needs at least two different passages for this control.")
@@ -49,11 +50,11 @@ class ReadingTask(EvaluationTask):
 def load_reading(
     path: str | Path, limit: int | None = None, seed: int = 0, max_length: int = MAX_LENGTH
 ) -> ReadingTask:
-    """Load questions about passages; one per passage comes first, then further ones.
+    r"""Load questions about passages; one per passage comes first, then further ones.
 
     Args:
         path: JSON Lines file, plain or gzip. A row has `context`, `question` and `answers`, a list of accepted texts;
-            or it is a chat, `messages`, of one user message `"question\\n\\ncontext"` and the answer. Other rows are
+            or it is a chat, `messages`, of one user message `"question\n\ncontext"` and the answer. Other rows are
             skipped.
         limit: Number of questions, drawn at random but the same ones for the same seed; `None`: all.
         seed: Of that draw.
@@ -78,10 +79,10 @@ def load_reading(
     drawn = [(passage, *generator.choice(questions[passage])) for passage in passages]
     rest = [(passage, *row) for passage in passages for row in questions[passage]]
     generator.shuffle(rest)
-    known = {(passage, question) for passage, question, _ in drawn}
-    drawn += [row for row in rest if row[:2] not in known]
-    drawn = drawn[:limit]
-    items = [_item(index, *row) for index, row in enumerate(drawn)]
+    unique: dict[tuple[str, str], list[str]] = {}
+    for passage, question, answers in [*drawn, *rest]:
+        unique.setdefault((passage, question), answers)
+    items = [_item(index, *asked, unique[asked]) for index, asked in enumerate(list(unique)[:limit])]
     items.sort(key=lambda item: (len(item.context), item.index))
     name = f"{path.resolve().parent.name}/{path.name.removesuffix('.gz').rpartition('.')[0]}"
     return ReadingTask(name, tuple(items), is_generation=True, max_new_tokens=16)
@@ -89,7 +90,8 @@ def load_reading(
 
 def _item(index: int, context: str, question: str, answers: Sequence[str]) -> Item:
     return Item(
-        id=str(index),
+        # A larger sample or another order of the file changes no id.
+        id=hashlib.sha256(json.dumps([context, question, answers]).encode()).hexdigest()[:16],
         index=index,
         prompt=f"{question}\n{SHORT_ANSWER}",
         question=question,
