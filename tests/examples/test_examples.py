@@ -61,6 +61,37 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     assert first.stdout.split(")\n")[-1] == second.stdout.split(")\n")[-1]
 
 
+def test_passage_data(tmp_path: Path) -> None:
+    """Questions on passages and chats with one, without those that share text with a test set."""
+    passages = [" ".join(f"{letter}{i}" for i in range(30)) for letter in "abcd"]
+    questions = [
+        {"context": text, "question": f"{n}?", "answers": [text[:2]]} for text in passages[:3] for n in (1, 2)
+    ]
+    message, answer = {"role": "user", "content": f"Who?\n\n{passages[3]}"}, {"role": "assistant", "content": "d0"}
+    for name, rows in (
+        ("questions", questions),
+        ("chats", [{"messages": [message, answer]}]),
+        ("tests", [{"context": f"x {passages[1][9:]}", "question": "?", "answers": ["x"]}]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("questions", "chats", "tests")]
+    command = [sys.executable, str(EXAMPLES / "passage_data.py"), str(tmp_path / "data"), *files[:2]]
+    options = ["--exclude", files[2], "--min-characters", "20"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 of 3 passages share no text" in done.stdout
+    lines = {
+        name: (tmp_path / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        for name in ("questions", "texts")
+    }
+    kept = [passages[0], passages[2], passages[3]]
+    assert sorted(json.loads(line)["text"] for line in lines["texts"]) == kept
+    rows = [json.loads(line) for line in lines["questions"]]
+    assert sorted((row["context"][:2], row["question"]) for row in rows) == [
+        *(("a0", "1?"), ("a0", "2?"), ("c0", "1?"), ("c0", "2?"), ("d0", "Who?")),
+    ]
+
+
 def test_memory_data_and_passages(pair: tuple[str, str], tmp_path: Path) -> None:
     """Chats with passages become rows with a context, which the second example scores."""
     pytest.importorskip("scipy", reason="the paired test needs the extra `[eval]`")

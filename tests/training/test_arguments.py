@@ -17,6 +17,8 @@ def test_arguments_check_themselves(tmp_path: Path) -> None:
         ("gate_noise", "normal", "`gate_noise` must be one of .*'normal'"),
         ("min_fused_fraction", 0.0, r"`min_fused_fraction` must be in \(0, 1\], but got 0.0"),
         ("guard_weight", -1.0, "`guard_weight` must be at least 0, but got -1.0"),
+        ("distillation_weight", float("nan"), "`distillation_weight` must be at least 0, but got nan"),
+        ("mismatched_rate", 0.0, r"`mismatched_rate` must be in \(0, 1\], but got 0.0"),
         ("max_length", 1, "`max_length` must be at least 2, but got 1"),
         ("remove_unused_columns", True, "`remove_unused_columns` must be False"),
     ):
@@ -24,6 +26,8 @@ def test_arguments_check_themselves(tmp_path: Path) -> None:
             C2CTrainingArguments(str(tmp_path), use_cpu=True, **{field: value})
     with pytest.raises(ValueError, match="`per_device_train_batch_size` must be at least 2, but got 1"):
         C2CTrainingArguments(str(tmp_path), use_cpu=True, guard_weight=1.0, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match="`choice_weight` and `distillation_weight` do not go together"):
+        C2CTrainingArguments(str(tmp_path), use_cpu=True, choice_weight=1.0, distillation_weight=1.0)
     assert C2CTrainingArguments(str(tmp_path), use_cpu=True).gate_noise == "logistic"
     paper = C2CTrainingArguments(str(tmp_path), use_cpu=True, preset="paper")
     assert (paper.gate_noise, paper.min_fused_fraction, paper.guard_weight) == ("gumbel", 1.0, 0.0)

@@ -192,8 +192,8 @@ def test_bad_rows_are_named(case: str, streaming: bool) -> None:
 
 
 def test_wrong_columns() -> None:
-    with pytest.raises(ValueError, match=r"rows\.jsonl has the columns \['text'\], but needs `messages`"):
-        prepare_dataset(Dataset.from_list([{"text": "hello"}]), PROCESSOR, name="rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl has the columns \['body'\], but needs `messages`"):
+        prepare_dataset(Dataset.from_list([{"body": "hello"}]), PROCESSOR, name="rows.jsonl")
 
 
 @pytest.mark.parametrize("compressed", [False, True])

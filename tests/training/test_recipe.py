@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fitting_for_tests import memory_pair
+from tokenizers_for_tests import TEXT
 from training_for_tests import CHATS, PROCESSOR, QUESTIONS, base_models, save_pair, write_rows
 
 from c2c_hf import C2CForCausalLM
@@ -130,7 +132,7 @@ def test_a_continued_fuser_keeps_its_configuration(tmp_path: Path, saved_pair: t
         model_arguments.load()
 
 
-@pytest.mark.parametrize("recipe", ["paper", "smollm2-gemma3", "smollm2-gemma3-memory"])
+@pytest.mark.parametrize("recipe", ["paper", "smollm2-gemma3", "smollm2-gemma3-memory", "memory_reading"])
 def test_recipes(recipe: str) -> None:
     path = Path(__file__).parents[2] / "examples" / "recipes" / f"{recipe}.yaml"
     model, data, arguments = parse_recipe(path, ["--use_cpu", "--bf16", "false"])
@@ -143,8 +145,59 @@ def test_recipes(recipe: str) -> None:
     elif recipe == "smollm2-gemma3-memory":
         assert model.fuser == "memory-fit" and not model.config_fields()
         assert (data.answer_format, arguments.choice_weight) == ("text", 1.0)
+    elif recipe == "memory_reading":
+        assert (arguments.distillation_weight, arguments.answer_weight, arguments.continuation_weight) == (1, 0.3, 0)
+        assert (arguments.learning_rate, arguments.get_warmup_steps(1500), arguments.max_grad_norm) == (3e-4, 20, 1)
+        assert (arguments.lr_scheduler_type, data.train_weights) == ("linear", [1.0, 1.0])
     else:
         assert model.demo_pair and model.config_fields()["fuser_hidden_size"] == 64
+
+
+def test_memory_recipe_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe for passages, from files that its data script's columns have, on a tiny pair."""
+    recipe = Path(__file__).parents[2] / "examples" / "recipes" / "memory_reading.yaml"
+    model, processor = memory_pair(same=False, memory_hidden_size=4)
+    names = []
+    for name, base, tokenizer in (
+        ("receiver", model.receiver, processor.tokenizer),
+        ("sharer", model.sharers[0], processor.sharer_tokenizers[0]),
+    ):
+        names.append(str(tmp_path / name))
+        base.save_pretrained(names[-1])
+        tokenizer.save_pretrained(names[-1])
+    pair = C2CForCausalLM.from_receiver_and_sharers(*names, mode="memory", memory_source_layers=1)
+    pair.save_pretrained(tmp_path / "fuser")
+    processor.save_pretrained(tmp_path / "fuser")
+    questions = [{"context": text, "question": "Who?", "answers": ["ships"]} for text in TEXT]
+    data = [
+        write_rows(tmp_path / "questions.jsonl", questions),
+        write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXT]),
+    ]
+    tests = write_rows(tmp_path / "tests.jsonl", [{"context": TEXT[1], "question": "", "answers": []}])
+    words = ["--fuser", str(tmp_path / "fuser"), "--train_data", *data, "--output_dir", str(tmp_path / "out")]
+    words += [
+        "--excluded_data",
+        tests,
+        "--max_length",
+        "240",
+        "--continuation_length",
+        "6",
+        "--min_prefix_length",
+        "5",
+    ]
+    _, arguments, _ = parse_recipe(recipe, words)
+    train_data, _ = arguments.load(processor, 240)
+    kinds = train_data["is_continuation"]
+    assert set(kinds) == {True, False} and len(kinds) >= 8, "of five texts one is left out"
+    _, arguments, _ = parse_recipe(recipe, [*words, "--train_weights", "1", "9"])
+    kinds = arguments.load(processor, 240)[0]["is_continuation"]
+    assert sum(kinds) > 3 * (len(kinds) - sum(kinds)), "nine times as many continuations, repeated"
+    assert main(["train", str(recipe), *words, "--max_steps", "2", "--logging_steps", "1"]) == 0
+    assert "Saved the fuser" in capsys.readouterr().out
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert any("distillation" in key for entry in state["log_history"] for key in entry)
+    with pytest.raises(ValueError, match="`train_weights` must hold a number above 0 for each of the 2 `train_data`"):
+        parse_recipe(recipe, [*words, "--train_weights", "1"])
 
 
 def test_example_script(tmp_path: Path, saved_pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
