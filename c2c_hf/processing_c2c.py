@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +22,7 @@ from .alignment.chat_template import Message, RenderedChat, chat_segments, plain
 from .alignment.padding import BatchLayout, pad_token_id
 from .alignment.report import AlignmentReport, alignment_report
 from .alignment.spans import Segment, align_slots, align_spans
+from .alignment.special_tokens import BREAK, special_token_splitter, split_strings
 from .alignment.token_table import apply_token_table, build_token_table, own_bos_token_id, resolve_alignments
 from .checkpoints.base_models import TOKENIZER_KWARGS, load_tokenizer
 from .checkpoints.download import HUB_KWARGS, fetch_folder
@@ -220,6 +222,7 @@ class C2CProcessor(ProcessorMixin):
         self.unknown = unknown
         self.partial_characters = partial_characters
         self._bos_token_ids = [own_bos_token_id(sharer) for sharer in sharers]
+        self._split = special_token_splitter([tokenizer, *sharers])
         self._token_tables: list[torch.Tensor | None] | None = None
         self._tokenizer_hashes: list[str] | None = None
         if chat_template is not None and chat_template != tokenizer.chat_template:
@@ -350,6 +353,7 @@ class C2CProcessor(ProcessorMixin):
         add_special_tokens: bool = True,
         add_sharer_bos: bool | None = None,
         pad_to_multiple_of: int | None = None,
+        split_special_tokens: bool = False,
     ) -> BatchFeature:
         """Tokenize plain texts for the receiver and its sharers.
 
@@ -363,6 +367,8 @@ class C2CProcessor(ProcessorMixin):
             add_special_tokens: Of the receiver. A text that begins with the BOS gets no second one.
             add_sharer_bos: Overrides the processor's `add_sharer_bos`.
             pad_to_multiple_of: Round the widths up, of the receiver's and of each sharer's batch.
+            split_special_tokens: Take special tokens in `text` as text, as those in `sharer_context` always are. Off,
+                so that a rendered chat can be tokenized.
 
         Returns:
             `input_ids` and `attention_mask`, `(batch_size, seq_len)`; `sharer_input_ids` and `sharer_attention_mask`,
@@ -380,6 +386,7 @@ class C2CProcessor(ProcessorMixin):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.80}.")
         layout = BatchLayout(padding, truncation, max_length, pad_to_multiple_of, return_tensors)
         contexts = self._check_contexts(sharer_context, len(texts), "text")
+        texts = [self._split(t) for t in texts] if split_special_tokens else texts
         prompts = [
             Prompt(
                 t, context, partial(_text_for_sharer, t, context), partial(_context_start, t, self.tokenizer.bos_token)
@@ -404,6 +411,7 @@ class C2CProcessor(ProcessorMixin):
         max_length: int | None = None,
         add_sharer_bos: bool | None = None,
         pad_to_multiple_of: int | None = None,
+        split_special_tokens: bool = True,
         **template_kwargs: Any,
     ) -> BatchFeature | torch.Tensor | str | list[str] | list[int] | list[list[int]]:
         """Render chats with each model's own template, tokenize them and align the messages' contents.
@@ -426,6 +434,8 @@ class C2CProcessor(ProcessorMixin):
             max_length: As for texts.
             add_sharer_bos: Overrides the processor's `add_sharer_bos`. A BOS that a template writes stays.
             pad_to_multiple_of: As for texts.
+            split_special_tokens: Take special tokens of any of the models in messages, tools and documents as text, so
+                that they end no turn and begin none. Off: they are let through.
             template_kwargs: Arguments of every template: `tools`, `documents`, `enable_thinking`, ...
 
         Returns:
@@ -439,6 +449,15 @@ class C2CProcessor(ProcessorMixin):
         single = isinstance(conversation[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [conversation] if single else conversation)
         chats = [plain_messages(messages) for messages in conversations]
+        if split_special_tokens and tokenize:
+            chats = split_strings(chats, self._split)
+            template_kwargs.update(
+                {
+                    name: split_strings(template_kwargs[name], self._split)
+                    for name in ("tools", "documents")
+                    if name in template_kwargs
+                }
+            )
         layout = BatchLayout(padding, truncation, max_length, pad_to_multiple_of, return_tensors)
         contexts = self._check_contexts(sharer_context, len(chats), "conversation")
         num_sharers = len(self.sharer_tokenizers)
@@ -480,7 +499,7 @@ class C2CProcessor(ProcessorMixin):
             raise ValueError(
                 f"`sharer_context` has {len(contexts)} entries for {count} in `{name}`: give one per entry."
             )
-        return contexts
+        return [self._split(context) for context in contexts]
 
     # ------------------------------------------------------------------ from prompts to a batch
 
@@ -505,25 +524,38 @@ class C2CProcessor(ProcessorMixin):
     def _tokenize(
         self, tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, layout: BatchLayout
     ) -> Tokens:
-        """Tokenize one text, with one BOS at most.
+        """Tokenize one text, with one BOS at most, and its parts between [`BREAK`]s one by one.
 
         Truncation is done here: fast tokenizers keep their settings for it in an object that threads share.
         """
         if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
             add_special_tokens = False
         with_offsets = "span" in self.token_alignments
-        encoded = tokenizer(
-            text,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=with_offsets,
-            return_attention_mask=False,
-            return_special_tokens_mask=True,
-            verbose=not layout.truncation,
-        )
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        is_special: list[int] = []
+        start, num_last = 0, 0
+        for index, part in enumerate(text.split(BREAK)):
+            encoded = tokenizer(
+                part,
+                add_special_tokens=add_special_tokens and index == 0,
+                return_offsets_mapping=with_offsets,
+                return_attention_mask=False,
+                return_special_tokens_mask=True,
+                verbose=not layout.truncation,
+            )
+            # Special tokens that a tokenizer adds at the end stay there.
+            end = len(ids) - num_last
+            ids[end:end], is_special[end:end] = encoded["input_ids"], encoded["special_tokens_mask"]
+            if with_offsets:
+                own = encoded["offset_mapping"]
+                offsets[end:end] = [(first + start, last + start) for first, last in own] if start else own
+            if index == 0:
+                num_last = len(list(takewhile(bool, reversed(is_special)))) if not all(is_special) else 0
+            start += len(part) + 1
         if layout.truncation:
             side = self.tokenizer.truncation_side
-            kept = layout.kept_positions(encoded["special_tokens_mask"], tokenizer.model_max_length, side)
+            kept = layout.kept_positions(is_special, tokenizer.model_max_length, side)
             ids, offsets = [ids[i] for i in kept], [offsets[i] for i in kept] if with_offsets else []
         return Tokens(ids, offsets)
 
