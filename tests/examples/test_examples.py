@@ -1,7 +1,6 @@
 """The examples run, on tiny models, as a user starts them."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,6 @@ import pytest
 from conftest import save_tiny_model
 from evaluation_for_tests import NEEDS, data_dir  # noqa: F401
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
-
-from c2c_hf import C2CForCausalLM, C2CProcessor
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -90,74 +87,3 @@ def test_passage_data(tmp_path: Path) -> None:
     assert sorted((row["context"][:2], row["question"]) for row in rows) == [
         *(("a0", "1?"), ("a0", "2?"), ("c0", "1?"), ("c0", "2?"), ("d0", "Who?")),
     ]
-
-
-def test_memory_data_and_passages(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Chats with passages become rows with a context, which the second example scores."""
-    pytest.importorskip("scipy", reason="the paired test needs the extra `[eval]`")
-    chats = [
-        {"id": f"c{i}", "category": category, "messages": [{"role": "user", "content": asked}, answer]}
-        for i, (category, asked) in enumerate(
-            [*(("closed_qa", f"Who said {word}?\n\nThe keeper said {word} {i}.") for i, word in enumerate("abcd"))]
-            + [("summarization", "Sum it up.\n\nThe keeper."), ("closed_qa", "Without a passage?")]
-        )
-        for answer in [{"role": "assistant", "content": f"The keeper of {i}"}]
-    ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
-    command = [sys.executable, str(EXAMPLES / "memory_data.py"), str(tmp_path / "data"), str(tmp_path / "chats.jsonl")]
-    done = subprocess.run([*command, "--facts", "7"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = {}
-    for name in ("facts", "passages", "texts"):
-        lines = (tmp_path / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        made[name] = [json.loads(line) for line in lines]
-    assert [row["sharer_context"] for row in made["passages"]] == [
-        f"The keeper said {w} {i}." for i, w in enumerate("abcd")
-    ]
-    assert made["passages"][0]["messages"][0]["content"] == "Who said a?"
-    assert len(made["facts"]) == 7 and len(made["texts"]) == 11
-    fields = {"mode": "memory", "memory_rank": 4}
-    C2CForCausalLM.from_receiver_and_sharers(*pair, **fields).save_pretrained(tmp_path / "memory")
-    processor = C2CProcessor.from_receiver_and_sharers(*pair, mode="memory")
-    processor.save_pretrained(tmp_path / "memory")
-    command = [sys.executable, str(EXAMPLES / "passages.py"), str(tmp_path / "memory")]
-    command += [str(tmp_path / "data" / "passages.jsonl"), "--dtype", "float32"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "4 answers, nats per token: c2c -" in done.stdout
-    assert "c2c over mismatched" in done.stdout and "c2c over receiver" in done.stdout
-
-    pytest.importorskip("lm_eval", reason=NEEDS)
-    command = [sys.executable, str(EXAMPLES / "memory_report.py"), str(tmp_path / "report"), str(tmp_path / "memory")]
-    command += [str(tmp_path / "again"), "--passages", str(tmp_path / "data" / "passages.jsonl"), "--limit", "6"]
-    shutil.copytree(tmp_path / "memory", tmp_path / "again")
-    tables, written = [], []
-    for _ in range(2):
-        done = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
-        tables.append(done.stdout.splitlines())
-        written.append([path.stat().st_mtime_ns for path in sorted((tmp_path / "report").rglob("p*.json*"))])
-    assert tables[0] == tables[1]
-    assert len(written[0]) == 4 and written[0] == written[1], "the second call has nothing left to answer"
-    words = [line.split(" | ")[0].strip("| ") for line in tables[0][2:]]
-    expected = ["receiver without the context", "receiver with the context in its prompt"]
-    assert words[:4] == [*expected, "sharer with the context in its prompt", words[3]]
-    assert words[3:8] == [word.replace("again", "memory") for word in words[8:]], "both have the same weights"
-    assert [line.split(" | ", 1)[1] for line in tables[0][5:10]] == [
-        line.split(" | ", 1)[1] for line in tables[0][10:]
-    ]
-
-
-def test_evaluate(pair: tuple[str, str], data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
-    pytest.importorskip("lm_eval", reason=NEEDS)
-    pytest.importorskip("scipy", reason=NEEDS)
-    C2CForCausalLM.from_receiver_and_sharers(*pair, fuser_hidden_size=8).save_pretrained(tmp_path / "fuser")
-    C2CProcessor.from_receiver_and_sharers(*pair).save_pretrained(tmp_path / "fuser")
-    command = [sys.executable, str(EXAMPLES / "evaluate_fuser.py"), str(tmp_path / "fuser"), "--task", "arc_easy"]
-    command += ["--data-dir", str(data_dir), "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["receiver", "sharer", "c2c", "mismatched", "pairing"]
-    assert lines[0].split()[1:] == lines[2].split()[1:], "the gates of an untrained fuser are closed"
-    assert "pairing gain +0.0 points" in lines[-1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_ids, tiny_c2c
 from safetensors.torch import load, load_file, save, save_file
-from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
+from tokenizers_for_tests import byte_level_tokenizer
 from training_for_tests import make_model, make_processor
 
 from c2c_hf import C2CCache, C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments, SharerCache
@@ -16,8 +16,6 @@ from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.configuration_c2c import C2CConfig
 from c2c_hf.evaluation.methods.c2c_answerer import C2CAnswerer
 from c2c_hf.inference.pair_settings import PairSettings
-from c2c_hf.training.batch_transforms import mismatch_sharers
-from c2c_hf.training.collator import C2CDataCollator, TrainingBatch
 
 SETTINGS = PairSettings("memory", "sharer", 2, "span", "0f23456789abcdef", None)
 
@@ -119,23 +117,3 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
             SharerCache.from_safetensors(save(tensors, metadata))
     with pytest.raises(ValueError, match="`initial_gate_temperature` must be a number, but got inf"):
         C2CConfig(initial_gate_temperature=float("inf"))
-
-
-def test_mismatched_sharers_leave_no_slot_to_the_receiver() -> None:
-    """The guard loss of a batch in which one row has a context and the other has none."""
-    processor = C2CProcessor(byte_level_tokenizer(), metaspace_tokenizer(), mode="memory")
-    rows = [processor("Where is Paris?", context, return_tensors=None) for context in ("ships", "")]
-    examples = [
-        {
-            "input_ids": row["input_ids"],
-            "answer_ids": [5],
-            **{name: [row[name]] for name in ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment")},
-        }
-        for row in rows
-    ]
-    batch = TrainingBatch.from_inputs(C2CDataCollator(processor)(examples))
-    slots = batch.sharer_alignment[0] >= 0
-    mixed = mismatch_sharers(batch, "memory")
-    assert slots.any()
-    assert not ((mixed.sharer_alignment[0] < 0) & slots & (mixed.attention_mask > 0)).any()
-    assert torch.equal(mismatch_sharers(batch).attention_mask, batch.attention_mask)

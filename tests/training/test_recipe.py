@@ -132,7 +132,7 @@ def test_a_continued_fuser_keeps_its_configuration(tmp_path: Path, saved_pair: t
         model_arguments.load()
 
 
-@pytest.mark.parametrize("recipe", ["paper", "smollm2-gemma3", "smollm2-gemma3-memory", "memory_reading"])
+@pytest.mark.parametrize("recipe", ["paper", "smollm2-gemma3", "memory_reading"])
 def test_recipes(recipe: str) -> None:
     path = Path(__file__).parents[2] / "examples" / "recipes" / f"{recipe}.yaml"
     model, data, arguments = parse_recipe(path, ["--use_cpu", "--bf16", "false"])
@@ -142,10 +142,8 @@ def test_recipes(recipe: str) -> None:
         assert (arguments.gate_noise, arguments.seed, arguments.get_warmup_steps(1929)) == ("gumbel", 42, 193)
         assert 8 * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 256
         assert data.train_split == "train[:500000]"
-    elif recipe == "smollm2-gemma3-memory":
-        assert model.fuser == "memory-fit" and not model.config_fields()
-        assert (data.answer_format, arguments.choice_weight) == ("text", 1.0)
     elif recipe == "memory_reading":
+        assert model.fuser == "memory-fit" and not model.config_fields()
         assert (arguments.distillation_weight, arguments.answer_weight, arguments.continuation_weight) == (1, 0.3, 0)
         assert (arguments.learning_rate, arguments.get_warmup_steps(1500), arguments.max_grad_norm) == (3e-4, 20, 1)
         assert (arguments.lr_scheduler_type, data.train_weights) == ("linear", [1.0, 1.0])
