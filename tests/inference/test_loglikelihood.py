@@ -100,11 +100,11 @@ def test_refused() -> None:
 def test_the_head_multiplies_a_copy() -> None:
     """Behind a fused prompt and for plain models scored here, where a slice is slow; not for a receiver by itself."""
     model = tiny_model("llama", 0).to(torch.bfloat16)
-    head, seen = model.get_output_embeddings(), []
-    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
     pair = C2CForCausalLM.from_receiver_and_sharers(
         model, tiny_model("llama", 1).to(torch.bfloat16), token_alignment="span", fuser_hidden_size=8
     )
+    head, seen = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
     ids = torch.ones(3, 6, dtype=torch.long)
     alignment = torch.tensor([[0, 1, 2, -1, -1, -1]]).expand(3, -1)
     with torch.no_grad():
