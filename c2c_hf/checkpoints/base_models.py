@@ -80,6 +80,11 @@ def load_base_model(
     """
     if isinstance(model, torch.nn.Module):
         if not isinstance(model, PreTrainedModel):
+            if hasattr(model, "merge_and_unload"):
+                raise TypeError(
+                    f"`{role}` must be a transformers model, but got PEFT's {type(model).__name__}: pass "
+                    "`model.merge_and_unload()`, or load the adapter into the base model by `model.load_adapter`."
+                )
             raise TypeError(
                 f"`{role}` must be a transformers model, a Hub id or a folder, but got {type(model).__name__}."
             )

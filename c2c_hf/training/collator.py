@@ -35,7 +35,16 @@ class C2CDataCollator:
             `sharer_alignment`, `(batch_size, seq_len)`, with several sharers lists; `logits_to_keep`, the number of
             last positions that predict an answer, plus one. Of multiple choice also `wrong_answer_ids`, `(num_wrong,
             length)`, padded with -100, and `wrong_answer_rows`, `(num_wrong,)`: the batch row of each.
+
+        Raises:
+            ValueError: The rows are no examples, or a Trainer removed columns.
         """
+        required = {"input_ids", "answer_ids", *SHARER_COLUMNS}
+        if missing := sorted(required - set(examples[0])):
+            raise ValueError(
+                f"`examples` lack {missing}: tokenize rows with `prepare_dataset` of `c2c_hf.training.dataset`, and pass "
+                "`remove_unused_columns=False` to a Trainer that is not `C2CTrainer`."
+            )
         prompts = [torch.as_tensor(example["input_ids"]) for example in examples]
         answers = [torch.as_tensor(example["answer_ids"]) for example in examples]
         prompt_mask, answer_mask = ([torch.ones_like(ids) for ids in part] for part in (prompts, answers))
