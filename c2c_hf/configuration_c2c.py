@@ -304,6 +304,15 @@ class C2CConfig(PreTrainedConfig):
         if by_user and (measured := [name for name in names if name in _MEASURED_FIELDS]):
             raise ValueError(f"These fields are measured on the models and cannot be given: {measured}.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from a dictionary; models in `sharers=`, which the Auto classes hand over, are left to the model."""
+        if not kwargs.get("return_unused_kwargs") or "sharers" not in kwargs:
+            return super().from_dict(config_dict, **kwargs)
+        sharers = kwargs.pop("sharers")
+        config, unused = super().from_dict(config_dict, **kwargs)
+        return config, {**unused, "sharers": sharers}
+
     @property
     def num_sharers(self) -> int:
         """Number of sharers."""

@@ -1149,7 +1149,8 @@ def _without_hidden_positions(inputs: ReceiverInputs, cache: C2CCache) -> Receiv
 
 
 def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:
-    return [sharers] if isinstance(sharers, str | Path | nn.Module) else list(sharers)
+    several = isinstance(sharers, nn.ModuleList) or not isinstance(sharers, str | Path | nn.Module)
+    return list(sharers) if several else [sharers]  # type: ignore[arg-type]
 
 
 def _is_saved_weight(name: str) -> bool:

@@ -42,8 +42,8 @@ class C2CDataCollator:
         required = {"input_ids", "answer_ids", *SHARER_COLUMNS}
         if missing := sorted(required - set(examples[0])):
             raise ValueError(
-                f"`examples` lack {missing}: tokenize rows with `prepare_dataset` of `c2c_hf.training.dataset`, and pass "
-                "`remove_unused_columns=False` to a Trainer that is not `C2CTrainer`."
+                f"`examples` lack {missing}: tokenize rows with `prepare_dataset` of `c2c_hf.training.dataset`, and "
+                "pass `remove_unused_columns=False` to a Trainer that is not `C2CTrainer`."
             )
         prompts = [torch.as_tensor(example["input_ids"]) for example in examples]
         answers = [torch.as_tensor(example["answer_ids"]) for example in examples]
