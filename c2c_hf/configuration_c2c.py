@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 LAYER_ALIGNMENTS = ("terminal", "depth_normalized")
@@ -122,6 +123,7 @@ class SharerConfig:
             ValueError: For an unknown value.
         """
         check_choice("token_alignment", self.token_alignment, TOKEN_ALIGNMENTS)
+        _check_layer_shapes("layer_shapes", self.layer_shapes)
         for field, smallest in (("fuser_hidden_size", 1), ("fuser_intermediate_size", 1), ("num_fuser_layers", 2)):
             _check_integer(field, getattr(self, field), smallest)
         if not isinstance(self.fuser_dropout, float | int) or not 0.0 <= self.fuser_dropout < 1.0:
@@ -216,7 +218,14 @@ class C2CConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.receiver_config = _as_config(self.receiver_config)
+        if not isinstance(self.sharers, list | tuple | None):
+            raise ValueError(f"`sharers` must be a list, but got {self.sharers!r:.80}.")
         self.sharers = [_as_sharer_config(sharer) for sharer in self.sharers or []]
+        dtype = kwargs.get("dtype", getattr(self, "dtype", None))
+        if dtype is not None and not isinstance(
+            dtype if isinstance(dtype, torch.dtype) else _torch_dtype(dtype), torch.dtype
+        ):
+            raise ValueError(f"`dtype` must be the name of a torch dtype, but got {dtype!r:.80}.")
         super().__post_init__(**kwargs)
         self.check()
 
@@ -235,6 +244,7 @@ class C2CConfig(PreTrainedConfig):
             ("memory_grid", MEMORY_GRIDS),
         ):
             check_choice(field, getattr(self, field), allowed)
+        _check_layer_shapes("receiver_layer_shapes", self.receiver_layer_shapes)
         alignments = []
         for sharer in self.sharers:
             sharer.check()
@@ -295,11 +305,21 @@ class C2CConfig(PreTrainedConfig):
         names = list(names)
         known = {*SHARER_FIELDS, *(field.name for field in dataclasses.fields(cls))}
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(
-                f"These are no fields of `C2CConfig`: {unknown}; see its documentation for those there are."
-            )
+            advice = "see its documentation for those there are"
+            if {"quantization_config", "gguf_file", "load_in_4bit", "load_in_8bit"} & set(unknown):
+                advice = "arguments of a base model go into `receiver_kwargs` or `sharer_kwargs`"
+            raise ValueError(f"These are no fields of `C2CConfig`: {unknown}; {advice}.")
         if by_user and (measured := [name for name in names if name in _MEASURED_FIELDS]):
             raise ValueError(f"These fields are measured on the models and cannot be given: {measured}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from a dictionary; models in `sharers=`, which the Auto classes hand over, are left to the model."""
+        if not kwargs.get("return_unused_kwargs") or "sharers" not in kwargs:
+            return super().from_dict(config_dict, **kwargs)
+        sharers = kwargs.pop("sharers")
+        config, unused = super().from_dict(config_dict, **kwargs)
+        return config, {**unused, "sharers": sharers}
 
     @property
     def num_sharers(self) -> int:
@@ -368,6 +388,24 @@ def _as_dict(config: PreTrainedConfig | None) -> dict[str, Any] | None:
     return {
         key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "transformers_version")
     }
+
+
+def _torch_dtype(name: object) -> object:
+    return getattr(torch, name, None) if isinstance(name, str) else None
+
+
+def _check_layer_shapes(field: str, shapes: object) -> None:
+    """Raise `ValueError` if recorded layer shapes are neither `None` nor three sizes for every layer."""
+    if shapes is None:
+        return
+    sizes = shapes if isinstance(shapes, list | tuple) else []
+    if not sizes or not all(
+        isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+        for shape in sizes
+    ):
+        raise ValueError(
+            f"`{field}` must hold [key/value heads, key head_dim, value head_dim] per layer, but got {shapes!r:.60}."
+        )
 
 
 def _check_integer(field: str, value: object, smallest: int) -> None:

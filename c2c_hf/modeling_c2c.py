@@ -44,7 +44,13 @@ from .checkpoints.base_models import (
     verify_weights,
 )
 from .checkpoints.download import HUB_KWARGS, check_subfolder
-from .checkpoints.fuser_weights import check_fuser_weights, is_own_weight, load_fuser_weights, quantize
+from .checkpoints.fuser_weights import (
+    check_fuser_weights,
+    check_sizes,
+    is_own_weight,
+    load_fuser_weights,
+    quantize,
+)
 from .checkpoints.receiver_adapter import (
     ADAPTER_FOLDER,
     has_adapter,
@@ -1028,6 +1034,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         # Configuration and weights must be those of one commit, also where the repository changes in between.
         revision = resolve_revision(name, hub_kwargs)
         hub_kwargs.update({} if revision is None else {"revision": revision})
+        if state_dict is None:
+            weights = load_fuser_weights(name, hub_kwargs)
+        else:
+            weights = {key: value for key, value in state_dict.items() if is_own_weight(key)}
+        check_sizes(config, weights)
         shared_kwargs |= {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         shared_kwargs["use_safetensors"] = use_safetensors
         shared_kwargs |= {key: hub_kwargs.get(key) for key in ("token", "cache_dir", "local_files_only")}
@@ -1041,10 +1052,6 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(config, loaded_receiver, loaded_sharers)
         if verify_base_models:
             verify_weights(config, [loaded_receiver, *loaded_sharers], all_kwargs)
-        if state_dict is None:
-            weights = load_fuser_weights(name, hub_kwargs)
-        else:
-            weights = {key: value for key, value in state_dict.items() if is_own_weight(key)}
         check_fuser_weights(weights, model._own_state_dict())
         model.load_state_dict(weights, strict=False)
         load_adapter(model.receiver, name, hub_kwargs)
@@ -1163,8 +1170,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ saving and publishing
 
     def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        items = (self.state_dict() if state_dict is None else state_dict).items()
-        return {name: value for name, value in items if is_own_weight(name)}
+        if state_dict is not None:
+            return {name: value for name, value in state_dict.items() if is_own_weight(name)}
+        # The base models are not asked: quantized ones may change their weights when they are.
+        tables = {f"token_table_{index}": table for index, table in enumerate(self.token_tables) if table is not None}
+        return {**self.fuser.state_dict(prefix="fuser."), **tables}
 
     def save_pretrained(
         self,
@@ -1294,7 +1304,8 @@ def _without_hidden_positions(inputs: ReceiverInputs, cache: C2CCache) -> Receiv
 
 
 def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:
-    return [sharers] if isinstance(sharers, str | Path | PreTrainedModel) else list(sharers)
+    several = isinstance(sharers, nn.ModuleList) or not isinstance(sharers, str | Path | nn.Module)
+    return list(sharers) if several else [sharers]  # type: ignore[arg-type]
 
 
 def _is_saved_weight(name: str) -> bool:

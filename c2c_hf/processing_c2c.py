@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,10 @@ class C2CProcessor(ProcessorMixin):
         check_choice("partial_characters", partial_characters, ("skip", "replace"))
         check_choice("mode", mode, MODES)
         check_choice("memory_grid", memory_grid, MEMORY_GRIDS)
+        if not isinstance(add_sharer_bos, bool):
+            raise ValueError(f"`add_sharer_bos` must be True or False, got {add_sharer_bos!r}.")
+        if type(memory_sink_tokens) is not int or memory_sink_tokens < 0:
+            raise ValueError(f"`memory_sink_tokens` must be an integer of at least 0, got {memory_sink_tokens!r}.")
         if mode == "memory" and token_alignment is None:
             token_alignment = "span"
         self.token_alignments = resolve_alignments(token_alignment, [tokenizer, *sharers])
@@ -731,6 +736,10 @@ class C2CProcessor(ProcessorMixin):
         name = pretrained_model_name_or_path
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         folder = fetch_folder(name, _FILES, hub)
+        if (folder / PROCESSOR_NAME).is_file():
+            content = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"`{name}`: {PROCESSOR_NAME} must hold an object, got {content!r:.80}.")
         config, _ = cls.get_processor_dict(folder)
         tokenizer_kwargs = {key: kwargs.pop(key) for key in TOKENIZER_KWARGS if key in kwargs}
         if unexpected := [key for key in kwargs if key not in _FIELDS and not key.startswith("_")]:
@@ -749,6 +758,8 @@ class C2CProcessor(ProcessorMixin):
         tokenizers = [load_tokenizer(place, tokenizer_kwargs) for place in folders]
         hashes = [tokenizer_hash(tokenizer) for tokenizer in tokenizers]
         saved_hashes = config.get("tokenizer_hashes") or [None] * len(folders)
+        if not isinstance(saved_hashes, list):
+            raise ValueError(f"`{name}`: `tokenizer_hashes` must be a list, got {saved_hashes!r:.80}.")
         for place, found, saved in zip(folders, hashes, saved_hashes, strict=False):
             if saved is not None and found != saved:
                 raise ValueError(

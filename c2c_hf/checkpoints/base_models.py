@@ -80,6 +80,11 @@ def load_base_model(
     """
     if isinstance(model, torch.nn.Module):
         if not isinstance(model, PreTrainedModel):
+            if hasattr(model, "merge_and_unload"):
+                raise TypeError(
+                    f"`{role}` must be a transformers model, but got PEFT's {type(model).__name__}: pass "
+                    "`model.merge_and_unload()`, or load the adapter into the base model by `model.load_adapter`."
+                )
             raise TypeError(
                 f"`{role}` must be a transformers model, a Hub id or a folder, but got {type(model).__name__}."
             )
@@ -178,7 +183,11 @@ def load_base_models(
         if base is None:
             raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
         at_revision = {} if handed_over is not None or revision is None else {"revision": revision}
-        model, _, found = load_base_model(base, role, {**at_revision, **kwargs})
+        # A model that was quantized when the fuser was built is quantized again.
+        nested = config.sharers[index - 1].config if index else config.receiver_config
+        quantization = getattr(nested, "quantization_config", None) if handed_over is None else None
+        recorded_kwargs = {**at_revision, **({} if quantization is None else {"quantization_config": quantization})}
+        model, _, found = load_base_model(base, role, {**recorded_kwargs, **kwargs})
         # A model from elsewhere has commits of its own; its weights are compared.
         if verify_revisions and handed_over is None:
             check_base_model(role, "revision", revision, found, VERIFY_HINT)

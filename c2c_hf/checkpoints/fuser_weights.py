@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..configuration_c2c import C2CConfig
+from ..fusers import build_fusers
 from .download import check_download, check_subfolder, find_file
 
 #: In a file, the scale of a matrix in 8 bits has the matrix's name with this ending.
@@ -152,6 +154,39 @@ def check_fuser_weights(weights: dict[str, torch.Tensor], expected: dict[str, to
                 f"The checkpoint does not fit: {name} has shape {tuple(value.shape)}, but the configuration and base "
                 f"models ask for {tuple(expected[name].shape)}."
             )
+
+
+def check_sizes(config: C2CConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a configuration of a larger fuser than the weights are, before anything of its sizes is allocated.
+
+    Args:
+        config: From the same folder.
+        weights: The saved weights.
+
+    Raises:
+        ValueError: A size cannot be that of these weights.
+    """
+    most = max((value.numel() for value in weights.values()), default=0)
+    limits = {"num_fuser_layers": len(weights), "fuser_hidden_size": most, "fuser_intermediate_size": most}
+    limits |= {"memory_rank": most, "memory_hidden_size": most}
+    for part in (config, *config.sharers):
+        for name, limit in limits.items():
+            value = getattr(part, name, None)
+            # Those of the other mode make nothing.
+            if value is not None and name.startswith("memory") == (config.mode == "memory") and value > limit:
+                raise ValueError(
+                    f"`{name}` is {value}, more than the saved weights hold ({limit}); save the fuser anew."
+                )
+    shapes = [config.receiver_layer_shapes, *(sharer.layer_shapes for sharer in config.sharers)]
+    if None in shapes:
+        return
+    try:
+        # Without memory for the weights.
+        with torch.device("meta"):
+            expected = torch.nn.ModuleList(build_fusers(config)).state_dict(prefix="fuser.")
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"The configuration asks for a fuser that cannot be built ({error}).") from error
+    check_fuser_weights({name: value for name, value in weights.items() if name.startswith("fuser.")}, expected)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
@@ -66,7 +67,8 @@ class C2CLM(HFLM):
             processor = C2CProcessor.from_pretrained(pretrained) if processor is None else processor
             others = None if sharers is None else sharers.split("+")
             model = C2CForCausalLM.from_pretrained(pretrained, receiver=receiver, sharers=others, dtype=dtype)
-            if device is not None:
+            # The harness asks for its own default, "cuda:0", also where there is none, and falls back itself.
+            if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
                 model.to(device)
         else:
             model = pretrained

@@ -36,7 +36,16 @@ class C2CDataCollator:
             last positions that predict an answer, plus one. Of multiple choice also `wrong_answer_ids`, `(num_wrong,
             length)`, padded with -100, and `wrong_answer_rows`, `(num_wrong,)`: the batch row of each. Where there are
             rows that continue their context, `is_continuation`, `(batch_size,)`.
+
+        Raises:
+            ValueError: The rows are no examples, or a Trainer removed columns.
         """
+        required = {"input_ids", "answer_ids", *SHARER_COLUMNS}
+        if missing := sorted(required - set(examples[0])):
+            raise ValueError(
+                f"`examples` lack {missing}: tokenize rows with `prepare_dataset` of `c2c_hf.training.dataset`, and "
+                "pass `remove_unused_columns=False` to a Trainer that is not `C2CTrainer`."
+            )
         prompts = [torch.as_tensor(example["input_ids"]) for example in examples]
         answers = [torch.as_tensor(example["answer_ids"]) for example in examples]
         answer_labels = [

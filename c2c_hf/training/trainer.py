@@ -65,6 +65,7 @@ class C2CTrainer(CheckpointingTrainer):
         ValueError: Nothing to train: `train_fuser=False` without an adapter; or `min_fused_fraction` in memory mode.
         ValueError: `sharer_cache_dir` with `fuse_response=True`; or `distillation_weight` where `input_ids` does not
             hold the context, in fusion mode and on the sharer's grid.
+        ValueError: A data set holds raw rows in place of examples.
         ValueError: The processor is not that of the model: another mode, grid, alignment or vocabulary.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which is not supported.
     """
@@ -96,6 +97,19 @@ class C2CTrainer(CheckpointingTrainer):
             data_collator = C2CDataCollator(processing_class)
         if isinstance(processing_class, C2CProcessor):
             model.check_processor(processing_class.settings)
+        # An evaluation may have several data sets.
+        given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        for dataset in given:
+            columns = getattr(dataset, "column_names", None)
+            if (
+                isinstance(data_collator, C2CDataCollator)
+                and columns
+                and not {"input_ids", "answer_ids"} <= set(columns)
+            ):
+                raise ValueError(
+                    f"The data set has the columns {sorted(columns)}, but training takes tokenized examples; pass "
+                    "`prepare_dataset(dataset, processor)` of `c2c_hf.training.dataset`."
+                )
         if peft_config is not None:
             add_adapter(model.receiver, peft_config)
         if model.config.mode == "memory" and args.min_fused_fraction != 1.0:

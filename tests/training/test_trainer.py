@@ -17,6 +17,7 @@ from training_for_tests import (
     fuser_weights,
     logged_losses,
     make_model,
+    make_processor,
     make_trainer,
 )
 from transformers import EvalPrediction
@@ -246,3 +247,21 @@ def test_trainer_checks_its_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Either `processing_class` or `data_collator`"):
         C2CTrainer(make_model(), args)
     assert C2CTrainer(make_model(), args, C2CDataCollator(PROCESSOR)).processing_class is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": QUESTIONS[0]},
+        {"prompt": "Where?", "completion": "Here."},
+        {"question": "Where?", "choices": ["a", "b"], "answer": 1},
+    ],
+    ids=["messages", "prompt", "choices"],
+)
+def test_raw_rows_are_refused(row: dict, tmp_path: Path) -> None:
+    args, rows = C2CTrainingArguments(output_dir=str(tmp_path), use_cpu=True), Dataset.from_list([row])
+    for datasets in ({"train_dataset": rows}, {"eval_dataset": rows}, {"eval_dataset": {"a": rows}}):
+        with pytest.raises(ValueError, match="training takes tokenized examples; pass `prepare_dataset"):
+            C2CTrainer(make_model(), args, processing_class=make_processor(), **datasets)
+    with pytest.raises(ValueError, match="`remove_unused_columns=False` to a Trainer that is not `C2CTrainer`"):
+        C2CDataCollator(make_processor())([{"input_ids": [1]}])
