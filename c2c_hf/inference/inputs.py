@@ -178,7 +178,9 @@ def collect_fusion_inputs(
     else:
         alignments = tensor_per_sharer(config, "sharer_alignment", given.alignment)
         for sharer, alignment in zip(sharers, alignments, strict=True):
-            alignment = new_alignment(alignment, receiver.batch_size, receiver.seq_len, past_length)
+            alignment = new_alignment(
+                alignment, receiver.batch_size, receiver.seq_len, past_length, receiver.new_mask()
+            )
             if config.fuse_response:
                 # The caller decides which prompt positions are fused; from the last one on all are.
                 columns = torch.arange(receiver.seq_len, device=ends.device)
@@ -212,7 +214,9 @@ def collect_memory_inputs(
     sharers = sharer_inputs_from_caller(config, given, receiver.batch_size)
     alignments = tensor_per_sharer(config, "sharer_alignment", given.alignment)
     for sharer, alignment in zip(sharers, alignments, strict=True):
-        sharer.alignment = new_alignment(alignment, receiver.batch_size, receiver.seq_len, cached_length(cache))
+        sharer.alignment = new_alignment(
+            alignment, receiver.batch_size, receiver.seq_len, cached_length(cache), receiver.new_mask()
+        )
     return attach_caches(config, sharers, given.caches)
 
 
@@ -314,11 +318,21 @@ def _continued_inputs(
     return sharers
 
 
-def new_alignment(alignment: torch.Tensor, batch_size: int, seq_len: int, past_length: int) -> torch.Tensor:
+def new_alignment(
+    alignment: torch.Tensor, batch_size: int, seq_len: int, past_length: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the new tokens' part of an alignment of these or of the whole text.
 
+    Args:
+        alignment: `(batch_size, length)`.
+        batch_size: Number of rows.
+        seq_len: Number of new tokens.
+        past_length: Number of cached tokens.
+        mask: `(batch_size, seq_len)`, of the new tokens: a shorter alignment is that of their beginning, as where an
+            answer is appended, and must name no padding. `None`: a shorter one is refused.
+
     Raises:
-        ValueError: It has the wrong shape or holds no integers.
+        ValueError: It has the wrong shape, holds no integers, or aligns padding that was added to the ids alone.
     """
     if alignment.dim() != 2 or alignment.shape[0] != batch_size:
         raise ValueError(
@@ -327,6 +341,10 @@ def new_alignment(alignment: torch.Tensor, batch_size: int, seq_len: int, past_l
     if alignment.is_floating_point():
         raise ValueError(f"`sharer_alignment` must hold integers, but got {alignment.dtype}.")
     length = alignment.shape[1]
+    if mask is not None and length < seq_len:
+        beginning = mask[:, :length].to(alignment.device)
+        if not bool(((alignment >= 0) & (beginning == 0)).any()):
+            return torch.nn.functional.pad(alignment, (0, seq_len - length), value=-1)
     if length not in (seq_len, past_length + seq_len):
         whole = f" or the whole text of {past_length + seq_len}" if past_length else ""
         raise ValueError(
