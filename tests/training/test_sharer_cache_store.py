@@ -162,4 +162,4 @@ def test_damaged_files_and_fused_answers(tmp_path: Path) -> None:
     load(store, batch())
     assert path.is_file() and not list(tmp_path.rglob("*.part"))
     with pytest.raises(ValueError, match="`sharer_cache_dir` must be None with `fuse_response=True`"):
-        make_trainer(tmp_path / "run", tiny_c2c(fuse_response=True), sharer_cache_dir=str(tmp_path))
+        SharerCacheStore(tmp_path, tiny_c2c(fuse_response=True))
