@@ -128,6 +128,12 @@ class SharerConfig:
             _check_integer(field, getattr(self, field), smallest)
         if not isinstance(self.fuser_dropout, float | int) or not 0.0 <= self.fuser_dropout < 1.0:
             raise ValueError(f"`fuser_dropout` must be in [0, 1), but got {self.fuser_dropout!r}.")
+        sources = self.memory_source_layers
+        if sources is not None and not (
+            isinstance(sources, list)
+            and all(isinstance(own, list) and all(type(layer) is int for layer in own) for own in sources)
+        ):
+            raise ValueError(f"`memory_source_layers` must be lists of layer indices, but got {sources!r:.80}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary, the nested configuration included."""
@@ -261,8 +267,9 @@ class C2CConfig(PreTrainedConfig):
             )
         for field, smallest in (("memory_source_layers", 1), ("memory_sink_tokens", 0), ("memory_hidden_size", 0)):
             _check_integer(field, getattr(self, field), smallest)
-        if self.memory_rank is not None:
-            _check_integer("memory_rank", self.memory_rank, 1)
+        for field in ("memory_rank", "receiver_embedding_size"):
+            if getattr(self, field) is not None:
+                _check_integer(field, getattr(self, field), 1)
         for field in ("initial_gate_temperature", "final_gate_temperature"):
             value = getattr(self, field)
             if not isinstance(value, float | int) or not math.isfinite(value):
@@ -409,5 +416,6 @@ def _check_layer_shapes(field: str, shapes: object) -> None:
 
 
 def _check_integer(field: str, value: object, smallest: int) -> None:
-    if not isinstance(value, int) or value < smallest:
+    # True and False are integers for `isinstance`.
+    if type(value) is not int or value < smallest:
         raise ValueError(f"`{field}` must be an integer of at least {smallest}, but got {value!r}.")

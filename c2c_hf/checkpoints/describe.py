@@ -65,12 +65,12 @@ def describe_fuser(name_or_path: str | Path, **hub_kwargs: Any) -> list[tuple[st
 def count_parameters(weights: Mapping[str, torch.Tensor]) -> int:
     """Count the trained numbers among saved weights of a fuser.
 
-    Scalars such as the gate temperature belong to the trainer's state, scales are measured.
+    Scalars such as the gate temperature belong to the trainer's state, means and scales are measured.
     """
     return sum(
         value.numel()
         for name, value in weights.items()
-        if name.startswith("fuser.") and value.dim() > 0 and not name.endswith("_scales")
+        if name.startswith("fuser.") and value.dim() > 0 and not name.endswith(("_mean", "_scale"))
     )
 
 

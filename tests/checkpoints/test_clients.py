@@ -25,7 +25,7 @@ def test_arguments_of_base_models_say_where_they_go(tmp_path: Path) -> None:
     model = tiny_c2c()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="arguments of a base model go into `receiver_kwargs` or `sharer_kwargs`"):
-        C2CForCausalLM.from_pretrained(tmp_path, quantization_config={"load_in_4bit": True})
+        C2CForCausalLM.from_pretrained(tmp_path, load_in_4bit=True)
 
 
 def test_the_auto_class_hands_over_models(tmp_path: Path) -> None:

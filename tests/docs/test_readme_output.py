@@ -9,19 +9,20 @@ import pytest
 from c2c_hf.demo import from_pretrained
 from c2c_hf.demo.compare import answer_with_fusion, prefill_document
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.real_pair
 def test_answers_from_memory_slots(real_pair: tuple[str, str]) -> None:
-    document = re.search(r'^echo "(.*)" > report\.txt$', README, re.MULTILINE)[1]
     words = shlex.split(re.search(r"^c2c demo --document .*$", README, re.MULTILINE)[0])
     questions = [words[index + 1] for index, word in enumerate(words) if word == "--question"]
+    document = (ROOT / words[words.index("--document") + 1]).read_text(encoding="utf-8")
     printed = re.findall(r"^  memory slots +[\d.]+ s  (.*)$", README, re.MULTILINE)
     model, processor = from_pretrained("memory", dtype="float32")
-    sharer_cache = prefill_document(model, processor, f"{document}\n").cache
+    sharer_cache = prefill_document(model, processor, document).cache
     answers = [
-        answer_with_fusion(model, processor, question, 32, sharer_context=f"{document}\n", sharer_cache=sharer_cache)
+        answer_with_fusion(model, processor, question, 32, sharer_context=document, sharer_cache=sharer_cache)
         for question in questions
     ]
     assert [answer.strip() for answer in answers] == printed
