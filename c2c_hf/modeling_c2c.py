@@ -786,8 +786,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             cache.check_text(input_ids, mask)
         slots = None
         if kwargs.get("sharer_alignment") is not None:
+            # A four-dimensional mask does not say where the padding is.
+            padding = mask if mask is not None and mask.dim() == 2 else torch.ones(tokens.shape[:2])
             alignments = [
-                new_alignment(alignment, len(tokens), tokens.shape[1], 0)
+                new_alignment(alignment, len(tokens), tokens.shape[1], 0, padding)
                 for alignment in tensor_per_sharer(self.config, "sharer_alignment", kwargs["sharer_alignment"])
             ]
             slots = slot_positions(alignments)

@@ -591,6 +591,8 @@ class C2CProcessor(ProcessorMixin):
             )
         text, start = _prefix(prompt.context), prompt.context_start()
         num_before = next((i for i, (_, end) in enumerate(receiver.offsets) if end > start), len(receiver.ids))
+        # Without a BOS nothing is in front of a plain text; its last token is always behind the slots.
+        num_before = max(num_before, min(self.memory_sink_tokens, len(receiver.ids) - 1))
         own = self._tokenize(self.tokenizer, text, False, layout)
         ids, parts = receiver.ids[:num_before], []
         for tokenizer in self.sharer_tokenizers:
@@ -605,7 +607,6 @@ class C2CProcessor(ProcessorMixin):
         for sharer_ids, aligned, first in parts:
             alignment = np.full(len(ids), -1, dtype=np.int64)
             alignment[first : first + len(aligned)] = aligned
-            alignment[: self.memory_sink_tokens] = -1
             sharers.append(SharerRow(sharer_ids, [1] * len(sharer_ids), alignment))
         return Row(ids, sharers)
 

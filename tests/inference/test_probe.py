@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import close_gates, enlarge_weights, pad_rows, random_ids, randomize_fuser, tiny_model
+from packaging.version import Version
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -127,7 +128,19 @@ def test_positions_are_those_of_the_model() -> None:
     assert takes_position_ids(tiny_model("llama"))
 
 
-@pytest.mark.parametrize("name", ["Bart", "RoFormer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Bart",
+        pytest.param(
+            "RoFormer",
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.24"),
+                reason="before transformers 5.24 two chunks give other states than one, for which it is refused",
+            ),
+        ),
+    ],
+)
 @torch.no_grad()
 def test_padding_without_positions_is_refused(name: str) -> None:
     model = bart() if name == "Bart" else build(RoFormerConfig, is_decoder=True, **SIZES, **TOKENS)
@@ -192,11 +205,11 @@ REFUSALS = {
             num_decoder_attention_heads=4,
             max_position_embeddings=64,
         ),
-        "prefilling two chunks raises AssertionError",
+        "(?:prefilling two chunks raises AssertionError|it leaves the cache empty)",
     ),
     "XLM": (
         partial(build, XLMConfig, emb_dim=32, n_layers=2, n_heads=4, vocab_size=96, causal=True),
-        "prefilling two chunks raises AssertionError",
+        "(?:prefilling two chunks raises AssertionError|it leaves the cache empty)",
     ),
 }
 

@@ -120,7 +120,7 @@ def test_loading_arguments(saved: tuple[C2CForCausalLM, Path]) -> None:
         C2CForCausalLM.from_pretrained(folder, **bases, use_safetensors=False)
     with pytest.raises(ValueError, match="`gguf_file` names a file of one base model; pass it in `receiver_kwargs`"):
         C2CForCausalLM.from_pretrained(folder, **bases, gguf_file="model.gguf")
-    with pytest.raises(ValueError, match="The checkpoint is not that of this fuser"):
+    with pytest.raises(ValueError, match="more than the saved weights hold"):
         C2CForCausalLM.from_pretrained(folder, **bases, state_dict={})
 
 

@@ -89,15 +89,20 @@ def test_a_context_that_only_sharers_read() -> None:
 
 
 def test_conversation_on_a_kept_cache() -> None:
-    """Chat turns through the processor: a kept cache answers as a fresh one does up to what it keeps."""
+    """Chat turns through the processor; an answer that is tokenized otherwise than it was generated is refused."""
     model, processor = pair("span")
     messages = [{"role": "user", "content": "Where do rivers end?"}]
-    cache = C2CCache()
+    cache, words = C2CCache(), processor.tokenizer(" ships keeper", add_special_tokens=False)["input_ids"]
+    # Words that are tokenized as they are generated.
+    options = {"max_new_tokens": 4, "do_sample": False, "prefix_allowed_tokens_fn": lambda row, ids: words}
     for question in ("In the sea?", "And then?"):
         inputs = processor.apply_chat_template(messages)
         before = cache.get_seq_length()
-        out = model.generate(**inputs, max_new_tokens=4, do_sample=False, **{CACHE_ARGUMENT: cache})
+        out = model.generate(**inputs, **options, **{CACHE_ARGUMENT: cache})
         assert cache.get_seq_length() == out.shape[1] - 1 > before
         answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    messages[1] = {"role": "assistant", "content": "Another answer"}
+    with pytest.raises(ValueError, match="the cache holds .* tokens of another text"):
+        model.generate(**processor.apply_chat_template(messages), **options, **{CACHE_ARGUMENT: cache})
     assert [state.input_ids.shape[1] > 20 for state in cache.sharer_caches] == [True, True]

@@ -27,8 +27,8 @@ def identity_pair(num_sharers: int = 1, **fields) -> tuple[C2CForCausalLM, C2CPr
 @torch.no_grad()
 def test_the_memory_of_oneself_is_prefilling() -> None:
     """On the receiver's grid `input_ids` is the prompt with its context: the same logits as without slots."""
-    model, processor = identity_pair()
-    # Nothing but the BOS is in front of the context on either side.
+    # Nothing is in front of the context on either side.
+    model, processor = identity_pair(memory_sink_tokens=0)
     contexts = [TEXT[0], "", TEXT[1] * 3, "北京 🎉 café"]
     inputs = processor(["hello ships", "hello", "What is the capital?", "café"], sharer_context=contexts)
     expected = model.receiver(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, -1]
@@ -85,12 +85,13 @@ def test_batches_equal_single_rows(grid: str) -> None:
                 assert num_slots == [len(sharer_ids[0]) - 1, len(sharer_ids[1])]
             else:
                 own = receiver(text, add_special_tokens=False)["input_ids"]
-                assert num_slots[1] == len(own) and num_slots[0] in (len(own), len(own) - 1)
+                assert num_slots[1] == len(own) and num_slots[0] == len(own)
                 assert single["input_ids"][0][slots[1]].tolist() == own
     plain = receiver("café")["input_ids"]
     assert processor("café", return_tensors=None)["input_ids"] == plain
-    decoded = receiver.decode(batch["input_ids"][0], skip_special_tokens=True)
-    assert decoded == ("The keeper\n\n" * 2 if grid == "receiver" else "") + "hello ships"
+    is_prompt = torch.stack([alignment[0] < 0 for alignment in batch["sharer_alignment"]]).all(0)
+    is_prompt &= batch["attention_mask"][0] == 1
+    assert batch["input_ids"][0][is_prompt].tolist() == receiver("hello ships")["input_ids"]
 
 
 def test_slots_are_the_same_in_front_of_every_question() -> None:
@@ -106,15 +107,21 @@ def test_slots_are_the_same_in_front_of_every_question() -> None:
         ):
             inputs = make(question, sharer_context=TEXT[0])
             slots = inputs["sharer_alignment"][0] >= 0
-            found.append((inputs["input_ids"][0][slots][1:].tolist(), inputs["sharer_input_ids"].tolist()))
-    assert all(ids[-20:] == found[0][0][-20:] and sharer_ids == found[0][1] for ids, sharer_ids in found)
+            found.append((inputs["input_ids"][0][slots].tolist(), inputs["sharer_input_ids"].tolist()))
+    assert all(one == found[0] for one in found)
 
 
 def test_the_first_tokens_are_never_slots() -> None:
     _, processor = memory_pair(same=False, sink=4)
-    inputs = processor("hello", sharer_context=TEXT[0])
-    assert (inputs["sharer_alignment"][0] >= 0).nonzero()[0] == 4
-    assert processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True) == f"{TEXT[0]}\n\nhello"
+    inputs = processor("hello ships, hello", sharer_context=TEXT[0])
+    slots = inputs["sharer_alignment"][0] >= 0
+    assert slots.nonzero()[0] == 4
+    own = processor.tokenizer("hello ships, hello")["input_ids"]
+    assert inputs["input_ids"][0][~slots].tolist() == own, "the prompt, with the slots behind its first tokens"
+    # One token at least is behind them.
+    inputs = processor.tokenizer("hello")["input_ids"], processor("hello", sharer_context=TEXT[0])
+    slots = inputs[1]["sharer_alignment"][0] >= 0
+    assert slots.nonzero()[0] == min(4, len(inputs[0]) - 1) and not slots[-1]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
