@@ -231,8 +231,7 @@ def test_errors(
 
 
 def test_a_memory_fuser_needs_contexts(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
-    model, processor = pair()
-    model.config.mode = "memory"
+    model, processor = pair(mode="memory")
     with pytest.raises(ValueError, match=r"`tasks`: \['arc_easy'\] have no contexts"):
         evaluate(model, processor, tmp_path / "run", ["arc_easy"], ["c2c"], data_dir)
 
