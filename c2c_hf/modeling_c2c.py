@@ -783,7 +783,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         if tokens is None:
             return
         if isinstance(cache, C2CCache) and input_ids is not None:
-            cache.check_text(input_ids, mask)
+            cache.crop_to_text(input_ids, mask)
         slots = None
         if kwargs.get("sharer_alignment") is not None:
             # A four-dimensional mask does not say where the padding is.

@@ -107,30 +107,40 @@ class C2CCache(Cache):
         hidden = torch.nn.functional.pad(self.hidden_positions, (0, missing))
         return attention_mask.masked_fill(hidden.to(attention_mask.device), 0)
 
-    def check_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Refuse a text that does not begin with the cached one.
+    def crop_to_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Drop what is cached of another text than the given one, from the first token on that differs.
+
+        In a chat, an answer may be tokenized otherwise in the next turn than it was generated.
 
         Args:
             input_ids: `(batch_size, seq_len)`, the whole text.
             attention_mask: `(batch_size, seq_len)`, or `None`.
 
         Raises:
-            ValueError: It does not.
+            ValueError: The texts have another number of rows, nothing in common, or layers that cannot be cropped.
         """
         length = min(self.get_seq_length(), 0 if self.input_ids is None else self.input_ids.shape[1])
         if self.input_ids is None or length == 0 or input_ids.shape[1] <= length:
             return
-        same = len(input_ids) == len(self.input_ids)
-        if same:
+        num_same, reason = 0, "begins with"
+        if len(input_ids) == len(self.input_ids):
             differs = input_ids[:, :length] != self.input_ids[:, :length].to(input_ids.device)
             if attention_mask is not None:
                 differs &= attention_mask[:, :length].to(differs.device) != 0
-            same = not bool(differs.any())
-        if not same:
-            raise ValueError(
-                f"`{CACHE_ARGUMENT}`: the cache holds {length} tokens of another text than `input_ids` begins with; "
-                "continue the cached text, crop the cache, or start with an empty one."
-            )
+            columns = differs.any(0).nonzero()
+            if len(columns) == 0:
+                return
+            num_same = int(columns[0])
+        if num_same > 0:
+            try:
+                self.crop(num_same - self.get_seq_length())
+                return
+            except (ValueError, NotImplementedError, AttributeError) as error:
+                reason = f"begins with, and cannot be cropped ({error})"
+        raise ValueError(
+            f"`{CACHE_ARGUMENT}`: the cache holds {length} tokens of another text than `input_ids` {reason}; continue "
+            "the cached text, or start with an empty cache."
+        )
 
     def reset(self) -> None:
         """Empty the cache and drop the sharers' caches."""

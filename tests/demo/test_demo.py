@@ -148,7 +148,7 @@ def test_the_memory_fuser_is_small_and_has_a_card():
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["mode"] == "memory"
     card = ModelCard.load(ROOT / "model_cards" / "memory.md")
-    assert card.data.license == "gemma" and "private_facts" in card.text and "mismatched" in card.text
+    assert card.data.license == "gemma" and "nq_gold" in card.text and "mismatched" in card.text
 
 
 @pytest.mark.real_pair
