@@ -114,11 +114,12 @@ def fit_ridge(
     while sum(map(len, first)) < num_selection_tokens and (batch_states := next(states, None)) is not None:
         first.append(batch_states)
     period = max(2, round(1 / held_out_share))
-    if len(first) < period:
-        raise ValueError(
-            f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give "
-            "more texts, longer ones or a smaller `batch_size`."
-        )
+    too_few = ValueError(
+        f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give more "
+        "texts or a smaller `batch_size`."
+    )
+    if sum(map(len, first)) < 2:
+        raise too_few
     fuser = _start_fuser(model, sharer_index, AlignedStates.join(first), choose_layers)
     sums, chunk, num_held_out = MapSums(fuser), [], 0
     for number, part in enumerate(chain(first, states)):
@@ -132,6 +133,8 @@ def fit_ridge(
             chunk = []
     if chunk:
         _add(sums, chunk)
+    if num_held_out < 2:
+        raise too_few
     return solve_maps(fuser, sums, alphas, progress)
 
 

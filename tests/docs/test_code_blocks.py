@@ -106,6 +106,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "metrics.json").write_text(json.dumps({"results": [], "pairing_gain": []}))
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for page in (tmp_path / "examples" / "documents").glob("*.txt"):
+        # The tiny models have room for few tokens.
+        page.write_text(TEXT[0], encoding="utf-8")
     return tmp_path
 
 
