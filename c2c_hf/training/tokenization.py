@@ -329,6 +329,9 @@ class RowTokenizer:
                 # The end of the context changes its tokens.
                 continue
             answer_ids = ids[cut : cut + self.continuation_length]
+            # In a plain text, its own first tokens are the attention sink.
+            num_sink = processor.memory_sink_tokens
+            kept = [[-1 if i < num_sink else slot for i, slot in enumerate(row[:slots_end])] for row in alignment]
             return Example(
                 input_ids=[*prompt_ids[:slots_end], ids[cut - 1]],
                 answer_ids=answer_ids,
@@ -337,7 +340,7 @@ class RowTokenizer:
                 wrong_answer_ids=[],
                 sharer_input_ids=sharer_ids,
                 sharer_attention_mask=sharer_mask,
-                sharer_alignment=[[*row[:slots_end], -1] for row in alignment],
+                sharer_alignment=[[*row, -1] for row in kept],
                 length=slots_end + 1 + len(answer_ids),
             )
         return None
