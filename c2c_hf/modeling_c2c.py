@@ -476,7 +476,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if given.input_ids is None or self.fusion_enabled:
             return inputs, collect_memory_inputs(self.config, inputs, given, cache), cache
-        past_length, mask = cached_length(cache), inputs.attention_mask
+        past_length = cached_length(cache)
         alignments = [
             new_alignment(alignment, inputs.batch_size, inputs.seq_len, past_length)
             for alignment in tensor_per_sharer(self.config, "sharer_alignment", given.alignment)
@@ -484,9 +484,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         slots = slot_positions(alignments)
         if not bool(slots.any()):
             return inputs, [], cache
-        if mask is None:
-            length = past_length + inputs.seq_len
-            mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
+        mask = inputs.whole_mask(past_length)
         slots = nn.functional.pad(slots, (mask.shape[1] - slots.shape[1], 0))
         mask = mask.masked_fill(slots.to(mask.device), 0)
         if cache is None and use_cache is not False:
@@ -1296,10 +1294,7 @@ def _without_hidden_positions(inputs: ReceiverInputs, cache: C2CCache) -> Receiv
         inputs: The receiver's new tokens.
         cache: Its cache.
     """
-    mask = inputs.attention_mask
-    if mask is None:
-        length = cached_length(cache) + inputs.seq_len
-        mask = torch.ones(inputs.batch_size, length, dtype=torch.long, device=inputs.tokens.device)
+    mask = inputs.whole_mask(cached_length(cache))
     if mask.dim() != 2:
         return inputs
     return replace(inputs, attention_mask=cache.masked(mask), position_ids=None).with_positions()

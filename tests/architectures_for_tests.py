@@ -242,6 +242,16 @@ def with_contexts(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, to
     return {**batch_of(texts), **given, "sharer_alignment": pad_rows(sources, "left", -1)}
 
 
+def padded_error(c2c: C2CForCausalLM, inputs: dict[str, torch.Tensor], alone: torch.Tensor) -> float | None:
+    """The error of a padded batch against its rows alone; `None` where the model refuses padding."""
+    try:
+        return difference(c2c(**inputs).logits[:, -1], alone)
+    except ValueError as error:
+        if "computes a row with padding" not in str(error):
+            raise
+        return None
+
+
 def check_fusion(receiver: PreTrainedModel, sharer: PreTrainedModel, model: PreTrainedModel) -> tuple[float, bool]:
     """Return the largest error of one role, and whether padded rows are refused; `model` is the one in question."""
     sizes = {"fuser_hidden_size": 12, "fuser_intermediate_size": 12, "num_fuser_layers": 3, "fuser_dropout": 0.0}
@@ -259,12 +269,10 @@ def check_fusion(receiver: PreTrainedModel, sharer: PreTrainedModel, model: PreT
     inputs = batch_of(rows[:1])
     answers = [c2c.generate(**inputs, max_new_tokens=4, use_cache=use_cache)[:, 13:] for use_cache in (True, False)]
     errors.append(float(not torch.equal(*answers)))
-    try:
-        errors.append(difference(c2c(**batch_of(rows)).logits[:, -1], alone))
-    except ValueError as error:
-        if "computes a row with padding" not in str(error):
-            raise
+    padded = padded_error(c2c, batch_of(rows), alone)
+    if padded is None:
         return max(errors), True
+    errors.append(padded)
     states = prefill_sharer(own, **batch_of(rows)).cache
     for found, expected in zip(cached_states(states), cached_states(cache), strict=True):
         errors += [difference(found[i][1:, :, 6:], expected[i]) for i in (0, 1)]
@@ -289,13 +297,8 @@ def check_memory(build: partial) -> tuple[float, bool]:
         c2c.generate(**inputs, max_new_tokens=4, use_cache=use_cache)[:, length:] for use_cache in (True, False)
     ]
     errors.append(float(not torch.equal(*answers)))
-    try:
-        errors.append(difference(c2c(**with_contexts(pairs)).logits[:, -1], alone))
-    except ValueError as error:
-        if "computes a row with padding" not in str(error):
-            raise
-        return max(errors), True
-    return max(errors), False
+    padded = padded_error(c2c, with_contexts(pairs), alone)
+    return max(errors if padded is None else [*errors, padded]), padded is None
 
 
 def plain_error(model: PreTrainedModel) -> float:

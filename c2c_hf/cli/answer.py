@@ -45,7 +45,7 @@ def demo(
     if questions and (documents is None or len(documents) != 1):
         raise ValueError("give one `--document` with `--question`.")
     asked = [
-        _AskedDocument(path, _document_text(path), _known_questions(path) if not questions else _unknown(questions))
+        _AskedDocument(path, _document_text(path), [(q, []) for q in questions or ()] or _known_questions(path))
         for path in documents or []
     ]
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
@@ -120,10 +120,6 @@ class _AskedDocument(NamedTuple):
     path: Path
     text: str
     questions: list[tuple[str, list[str]]]
-
-
-def _unknown(questions: list[str]) -> list[tuple[str, list[str]]]:
-    return [(question, []) for question in questions]
 
 
 def _known_questions(document: Path) -> list[tuple[str, list[str]]]:

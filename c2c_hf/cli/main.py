@@ -14,7 +14,7 @@ from . import answer, evaluate, share, train
 logger = logging.getLogger("c2c_hf")
 
 #: Options that take several values in a row, as `--tasks A B`; typer itself takes `--tasks A --tasks B` only.
-MANY_VALUES = {"evaluate": ("--tasks", "--methods", "--data"), "fit": ("--source-layers",)}
+MANY_VALUES = {"evaluate": ("--tasks", "--methods", "--data")}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 

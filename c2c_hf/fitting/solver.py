@@ -72,18 +72,12 @@ def choose_source_layers(
     num_sharer_layers = len(fuser.sharer_widths) // 2
     targets = _layer_targets(fuser, receiver_states)
     widths, target = [own.shape[1] for own in targets], torch.cat(targets, dim=-1)
-    means, scales = (buffer.split(fuser.sharer_widths) for buffer in (fuser.sharer_mean, fuser.sharer_scale))
-    common = (
-        [] if not fuser.embedding_size else [(embeddings.to(target) - fuser.embedding_mean) / fuser.embedding_scale]
-    )
+    entries, standardized = fuser.standardize(sharer_states, embeddings)
+    common = [] if standardized is None else [standardized]
     num_fitted = len(target) - len(target) // 4
     scores = torch.zeros(num_sharer_layers, len(targets))
     for source in range(num_sharer_layers):
-        own = [
-            (sharer_states[entry].to(target) - means[entry]) / scales[entry]
-            for entry in (source, num_sharer_layers + source)
-        ]
-        features = torch.cat([*own, *common], dim=-1)
+        features = torch.cat([entries[source], entries[num_sharer_layers + source], *common], dim=-1)
         fitted = features[:num_fitted]
         xx = fitted.T @ fitted
         penalty = _SELECTION_ALPHA * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)

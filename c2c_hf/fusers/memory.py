@@ -141,10 +141,8 @@ class MemoryFuser(nn.Module):
         """
         dtype = self.sharer_mean.dtype
         means, scales = self.sharer_mean.split(self.sharer_widths), self.sharer_scale.split(self.sharer_widths)
-        used = {entry for layer_idx in range(len(self.receiver_shapes)) for entry in self.entries(layer_idx)}
         states = [
-            (own.to(dtype) - mean) / scale if entry in used else own
-            for entry, (own, mean, scale) in enumerate(zip(sharer_states, means, scales, strict=True))
+            (own.to(dtype) - mean) / scale for own, mean, scale in zip(sharer_states, means, scales, strict=True)
         ]
         if not self.embedding_size:
             return states, None

@@ -60,20 +60,21 @@ class ReceiverInputs:
         """Number of new tokens."""
         return self.tokens.shape[1]
 
+    def whole_mask(self, past_length: int = 0) -> torch.Tensor:
+        """Return the attention mask, ones where there is none, `(batch_size, past_length + seq_len)`."""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return torch.ones(self.batch_size, past_length + self.seq_len, dtype=torch.long, device=self.tokens.device)
+
     def new_mask(self) -> torch.Tensor:
         """Return the attention mask of the new tokens, `(batch_size, seq_len)`."""
-        if self.attention_mask is None:
-            return torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
-        return self.attention_mask[:, -self.seq_len :]
+        return self.whole_mask()[:, -self.seq_len :]
 
     def positions(self, past_length: int = 0) -> torch.Tensor:
         """Return the position ids, `(batch_size, seq_len)`, counted from the mask where there are none."""
         if self.position_ids is not None:
             return self.position_ids
-        mask = self.attention_mask
-        if mask is None:
-            mask = torch.ones(self.batch_size, past_length + self.seq_len, device=self.tokens.device)
-        return position_ids_from_mask(mask)[:, -self.seq_len :] + self.first_position
+        return position_ids_from_mask(self.whole_mask(past_length))[:, -self.seq_len :] + self.first_position
 
     def with_positions(self, past_length: int = 0) -> "ReceiverInputs":
         """Return the inputs with position ids, see [`ReceiverInputs.positions`]."""

@@ -7,6 +7,7 @@ of each, since a fuser trained on few words learns those words.
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -46,29 +47,61 @@ def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[s
     # Text seeds are hashed the same way in every process.
     rng, words = random.Random(f"{split}-{seed}"), _words()[split]
     firsts, lasts = words["first_names"].split(), words["last_names"].split()
+    values = {kind: own.split() for kind, own in words["values"].items()}
     rows = []
     for index in range(count):
-        kinds = rng.sample(sorted(words["values"]), NUM_FACTS)
-        samples = (rng.sample(part, NUM_FACTS) for part in (firsts, lasts))
-        names = [f"{first} {last}" for first, last in zip(*samples, strict=True)]
-        choices = [rng.sample(words["values"][kind].split(), NUM_CHOICES) for kind in kinds]
+        kinds, names, choices = draw_facts(rng, firsts, lasts, values, NUM_FACTS)
         statement, question = rng.choice(words["wordings"])
         facts = [
             statement.format(name=name, kind=kind, value=values[0])
             for name, kind, values in zip(names, kinds, choices, strict=True)
         ]
-        rng.shuffle(facts)
-        # The first of the three is asked for; its place in the context is any.
-        asked, answer = {"name": names[0], "kind": kinds[0]}, choices[0][0]
+        # The first of the three is asked for.
+        asked = {"name": names[0], "kind": kinds[0]}
         begun = statement.format(**asked, value="").removesuffix(" .")
-        rng.shuffle(choices[0])
-        rows.append(
-            {
-                "id": f"{split}-{seed}-{index}",
-                "sharer_context": " ".join(facts),
-                "question": f"Question: {question.format(**asked)}\nAnswer: {begun}",
-                "choices": choices[0],
-                "answer": choices[0].index(answer),
-            }
-        )
+        prompt = f"Question: {question.format(**asked)}\nAnswer: {begun}"
+        rows.append(facts_row(rng, f"{split}-{seed}-{index}", facts, prompt, choices[0]))
     return rows
+
+
+def draw_facts(
+    rng: random.Random, firsts: Sequence[str], lasts: Sequence[str], values: Mapping[str, Sequence[str]], count: int
+) -> tuple[list[str], list[str], list[list[str]]]:
+    """Draw facts of different kinds about different people.
+
+    Args:
+        rng: Of the draws.
+        firsts: First names.
+        lasts: Last names.
+        values: By kind.
+        count: Number of facts.
+
+    Returns:
+        Per fact its kind, the person's name, and `NUM_CHOICES` values, of which the first one is the fact's.
+    """
+    kinds = rng.sample(sorted(values), count)
+    samples = (rng.sample(part, count) for part in (firsts, lasts))
+    names = [f"{first} {last}" for first, last in zip(*samples, strict=True)]
+    return kinds, names, [rng.sample(values[kind], NUM_CHOICES) for kind in kinds]
+
+
+def facts_row(rng: random.Random, row_id: str, facts: list[str], question: str, choices: list[str]) -> dict[str, Any]:
+    """Make the row of a question about facts, which come in random order, as do its choices.
+
+    Args:
+        rng: Of the order.
+        row_id: The row's id.
+        facts: The statements.
+        question: The whole prompt.
+        choices: The right value first.
+    """
+    answer = choices[0]
+    rng.shuffle(facts)
+    rng.shuffle(choices)
+    return {
+        "id": row_id,
+        "sharer_context": " ".join(facts),
+        "question": question,
+        "choices": choices,
+        "answer": choices.index(answer),
+    }

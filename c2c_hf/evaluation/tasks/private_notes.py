@@ -7,8 +7,9 @@ word, and the choices are ten values of that kind. No name and no wording is tha
 import random
 from typing import Any
 
+from .private_facts import draw_facts, facts_row
+
 NUM_FACTS = 4
-NUM_CHOICES = 10
 
 _FIRSTS = (
     "Amara Benedek Chiara Dmitri Elspeth Farid Gwendolyn Hiroshi Ilse Joaquin Katya Lorcan Mireille Nikhil Ophelia "
@@ -69,27 +70,15 @@ def private_notes(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """
     # Text seeds are hashed the same way in every process.
     rng = random.Random(f"notes-{seed}")
+    values = {kind: own for kind, (_, _, own) in _KINDS.items()}
     rows = []
     for index in range(count):
-        kinds = rng.sample(sorted(_KINDS), NUM_FACTS)
-        samples = (rng.sample(part, NUM_FACTS) for part in (_FIRSTS, _LASTS))
-        names = [f"{first} {last}" for first, last in zip(*samples, strict=True)]
-        choices = [rng.sample(_KINDS[kind][2], NUM_CHOICES) for kind in kinds]
+        kinds, names, choices = draw_facts(rng, _FIRSTS, _LASTS, values, NUM_FACTS)
         sentences = [
-            rng.choice(_KINDS[kind][0]).format(name=name, value=values[0])
-            for name, kind, values in zip(names, kinds, choices, strict=True)
+            rng.choice(_KINDS[kind][0]).format(name=name, value=own[0])
+            for name, kind, own in zip(names, kinds, choices, strict=True)
         ]
-        rng.shuffle(sentences)
-        # The first of the four is asked for; its place in the note is any.
-        asked, answer = _KINDS[kinds[0]][1].format(name=names[0]), choices[0][0]
-        rng.shuffle(choices[0])
-        rows.append(
-            {
-                "id": f"notes-{seed}-{index}",
-                "sharer_context": " ".join(sentences),
-                "question": f"{asked} Answer with one word.\nAnswer:",
-                "choices": choices[0],
-                "answer": choices[0].index(answer),
-            }
-        )
+        # The first of the four is asked for.
+        prompt = f"{_KINDS[kinds[0]][1].format(name=names[0])} Answer with one word.\nAnswer:"
+        rows.append(facts_row(rng, f"notes-{seed}-{index}", sentences, prompt, choices[0]))
     return rows
