@@ -136,6 +136,21 @@ class MapSums:
             for total, part in zip(sums, parts, strict=True):
                 total += part
 
+    def add_over_processes(self) -> None:
+        """Add up the sums of all processes, which hold out the same tokens."""
+        entries, standardized, targets = self._held_out[0]
+        for sources, layers in self._layers.items():
+            num_inputs = self._fuser.features(entries, standardized, layers[0]).shape[1]
+            num_outputs = sum(targets[layer_idx].shape[1] for layer_idx in layers)
+            # A process without a batch of its own has no sums.
+            shapes = [(num_inputs,), (num_outputs,), (num_inputs, num_inputs), (num_inputs, num_outputs)]
+            zeros = [targets[0].new_zeros(shape, dtype=torch.float64) for shape in shapes]
+            for total in self._sums.setdefault(sources, zeros):
+                torch.distributed.all_reduce(total)
+        num_tokens = torch.tensor(self.num_tokens, device=targets[0].device)
+        torch.distributed.all_reduce(num_tokens)
+        self.num_tokens = int(num_tokens)
+
     def problems(self) -> "list[tuple[list[int], _Problem]]":
         """Return per group of receiver layers with the same features the layers and their regression."""
         problems = []
