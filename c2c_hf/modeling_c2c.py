@@ -375,9 +375,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
-            # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
-            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                inputs = inputs.with_positions()
+        # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
+        if self.fusion_enabled and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            inputs = inputs.with_positions()
 
         if isinstance(cache, C2CCache) and cache.hidden_positions is not None:
             inputs = _without_hidden_positions(inputs, cache)
