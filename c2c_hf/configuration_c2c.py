@@ -186,8 +186,10 @@ class C2CConfig(PreTrainedConfig):
         memory_grid: Which tokens of a sharer-only context have slots. `"receiver"`: the receiver's own, in front of
             the prompt as if it prefilled the context; each is filled from the first sharer token that ends at or after
             it. `"sharer"`: the sharer's, behind the prompt's first `memory_sink_tokens`.
-        memory_token_embeddings: On the receiver's grid, the fuser gets the receiver's embedding of each slot's token
-            beside the sharer's states.
+        memory_token_embeddings: On the receiver's grid, number of the receiver's token embeddings that the fuser gets
+            for each slot beside the sharer's states: that of the slot's own token, of the token before it, and so on.
+            Receivers find what to copy by the token before it, which the sharer's states do not tell where one token
+            of the sharer spans both. 0: none.
         memory_sink_tokens: Number of the prompt's first tokens, its attention sink, that the receiver always computes.
         memory_source_layers: Number of sharer layers from which each receiver layer's slots are computed.
         memory_rank: Width of the bottleneck of each layer's map. `None`: full rank.
@@ -216,7 +218,7 @@ class C2CConfig(PreTrainedConfig):
     fusion_mode: str = "parallel"
     fuse_response: bool = False
     memory_grid: str = "receiver"
-    memory_token_embeddings: bool = True
+    memory_token_embeddings: int = 2
     memory_sink_tokens: int = 1
     memory_source_layers: int = 3
     memory_rank: int | None = None
@@ -265,7 +267,12 @@ class C2CConfig(PreTrainedConfig):
                 f"`mode='memory'` needs `token_alignment='span'`, but got {alignments}: the sharer prefills a context "
                 "that the receiver does not."
             )
-        for field, smallest in (("memory_source_layers", 1), ("memory_sink_tokens", 0), ("memory_hidden_size", 0)):
+        for field, smallest in (
+            ("memory_token_embeddings", 0),
+            ("memory_source_layers", 1),
+            ("memory_sink_tokens", 0),
+            ("memory_hidden_size", 0),
+        ):
             _check_integer(field, getattr(self, field), smallest)
         for field in ("memory_rank", "receiver_embedding_size"):
             if getattr(self, field) is not None:

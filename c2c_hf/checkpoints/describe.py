@@ -132,7 +132,8 @@ def _describe_sizes(sharer: SharerConfig) -> str:
 def _describe_maps(config: C2CConfig, fuser: MemoryFuser) -> str:
     rank = "full rank" if config.memory_rank is None else f"rank {config.memory_rank}"
     hidden = f", hidden {config.memory_hidden_size}" if config.memory_hidden_size else ""
-    embeddings = ", with token embeddings" if fuser.embedding_size else ""
+    count = fuser.num_token_embeddings
+    embeddings = f", {count} token embeddings per slot" if count else ""
     return f"{len(fuser.source_layers[0])} sharer layers per receiver layer{embeddings}, {rank}{hidden}"
 
 

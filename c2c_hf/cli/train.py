@@ -51,8 +51,8 @@ def fit(
         Literal["receiver", "sharer"], typer.Option(help="Whose tokens of a context have slots.")
     ] = "receiver",
     token_embeddings: Annotated[
-        bool, typer.Option(help="The receiver's token embeddings beside the sharer's states.")
-    ] = True,
+        int, typer.Option(metavar="N", min=0, help="The receiver's embeddings of a slot's token and of those before.")
+    ] = 2,
     source_layers: Annotated[
         int, typer.Option(metavar="N", min=1, help="Sharer layers that each receiver layer takes.")
     ] = 3,

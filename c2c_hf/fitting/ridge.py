@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..fusers.memory import MemoryFuser
-from ..inference.memory_slots import position_free_tokens
+from ..inference.inputs import ReceiverInputs
+from ..inference.memory_slots import position_free_tokens, slot_embeddings
 from ..inference.prefill import position_ids_from_mask
 from ..inference.rotary import Rotation
 from ..inference.sharer_cache import prefill_sharer
@@ -34,7 +35,7 @@ class AlignedStates:
     Attributes:
         sharer: The sharer's entries.
         receiver: The receiver's entries.
-        embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`.
+        embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`; of width 0 for a fuser without.
     """
 
     sharer: Entries
@@ -208,11 +209,12 @@ def aligned_states(
     )
     receiver = _prefill_tokens(model.receiver, input_ids, batch["attention_mask"], receiver_rotations, rows, columns)
     device = next(model.fuser.parameters()).device
-    tokens = input_ids[rows, columns].to(next(embedding.parameters()).device)
+    inputs = ReceiverInputs(input_ids.to(next(embedding.parameters()).device), None, batch["attention_mask"], None)
+    count = model.fuser[sharer_index].num_token_embeddings
     return AlignedStates(
         [state.to(device) for state in sharer],
         [state.to(device) for state in receiver],
-        embedding(tokens).to(device),
+        slot_embeddings(inputs, embedding, rows, columns, count).to(device) if count else torch.zeros(len(rows), 0),
     )
 
 

@@ -87,10 +87,10 @@ class MemoryFuser(nn.Module):
         #: Heads x head_dim of every layer's keys, then of every layer's values.
         self.sharer_widths = [int(shape[0] * shape[i]) for i in (1, 2) for shape in sharer_shapes]
         self.receiver_widths = [shape[0] * shape[i] for i in (1, 2) for shape in self.receiver_shapes]
-        #: Width of the receiver's token embeddings, 0 where they are no features.
-        self.embedding_size = 0
-        if config.memory_grid == "receiver" and config.memory_token_embeddings:
-            self.embedding_size = config.receiver_embedding_size or 0
+        #: Number of the receiver's token embeddings per slot: its own token's, and those of the tokens before it.
+        self.num_token_embeddings = config.memory_token_embeddings if config.memory_grid == "receiver" else 0
+        #: Width of these embeddings together.
+        self.embedding_size = self.num_token_embeddings * (config.receiver_embedding_size or 0)
         for name, width in (
             ("sharer", sum(self.sharer_widths)),
             ("receiver", sum(self.receiver_widths)),
@@ -144,7 +144,7 @@ class MemoryFuser(nn.Module):
         states = [
             (own.to(dtype) - mean) / scale for own, mean, scale in zip(sharer_states, means, scales, strict=True)
         ]
-        if not self.embedding_size:
+        if not self.num_token_embeddings:
             return states, None
         if token_embeddings is None:
             raise ValueError("`token_embeddings` must be given to a fuser with `memory_token_embeddings`.")
@@ -174,8 +174,8 @@ class MemoryFuser(nn.Module):
         Args:
             sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, free of rotary position,
                 then every layer's values; one row per slot.
-            token_embeddings: `(num_tokens, embedding_size)`, the receiver's embedding of each slot's token; `None`
-                for a fuser without them.
+            token_embeddings: `(num_tokens, embedding_size)`, the receiver's embeddings of each slot's token and of
+                those before it, see [`~inference.memory_slots.slot_embeddings`]; `None` for a fuser without them.
 
         Returns:
             Per receiver layer its keys, free of rotary position, and values:

@@ -186,8 +186,9 @@ def fill_memory_slots(
         slots = _pick(inputs.positions(), rows, columns)
         where = (rows.to(device), columns.to(device))
         embeddings = None
-        if fuser.embedding_size:
-            embeddings = _slot_embeddings(inputs, token_embeddings, rows, columns).to(device)
+        if fuser.num_token_embeddings:
+            count = fuser.num_token_embeddings
+            embeddings = slot_embeddings(inputs, token_embeddings, rows, columns, count).to(device)
         slot_states = fuser([token_states.to(device) for token_states in tokens], embeddings)
         for layer_idx, (keys, values) in enumerate(slot_states):
             keys = receiver_rotations[layer_idx].apply(keys, slots)
@@ -230,13 +231,31 @@ def position_free_tokens(
     return tokens
 
 
-def _slot_embeddings(
-    inputs: ReceiverInputs, token_embeddings: nn.Module, rows: torch.Tensor, columns: torch.Tensor
+def slot_embeddings(
+    inputs: ReceiverInputs, token_embeddings: nn.Module, rows: torch.Tensor, columns: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Return the receiver's embeddings of the slots' tokens, `(num_tokens, embedding_size)`."""
-    if inputs.inputs_embeds is not None:
-        return _pick(inputs.inputs_embeds, rows, columns)
-    return token_embeddings(_pick(inputs.tokens, rows, columns))
+    """Return the receiver's embeddings of the slots' tokens and of those before them.
+
+    Args:
+        inputs: The receiver's inputs.
+        token_embeddings: The receiver's input embeddings.
+        rows: `(num_tokens,)`, batch rows of the slots.
+        columns: `(num_tokens,)`, their columns.
+        count: Number of tokens per slot: its own, the one before it, and so on.
+
+    Returns:
+        `(num_tokens, count * embedding_size)`, that of the slot's own token first; 0 where no token is before it.
+    """
+    is_token, parts = inputs.new_mask().bool(), []
+    for distance in range(count):
+        places = (columns - distance).clamp_min(0)
+        if inputs.inputs_embeds is not None:
+            part = _pick(inputs.inputs_embeds, rows, places)
+        else:
+            part = token_embeddings(_pick(inputs.tokens, rows, places))
+        exists = _pick(is_token, rows, places) & (columns >= distance).to(is_token.device)
+        parts.append(part * exists.unsqueeze(-1).to(part))
+    return torch.cat(parts, dim=-1)
 
 
 def _pick(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
