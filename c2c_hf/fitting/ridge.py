@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -210,7 +210,7 @@ def aligned_states(
     receiver = _prefill_tokens(model.receiver, input_ids, batch["attention_mask"], receiver_rotations, rows, columns)
     device = next(model.fuser.parameters()).device
     inputs = ReceiverInputs(input_ids.to(next(embedding.parameters()).device), None, batch["attention_mask"], None)
-    count = model.fuser[sharer_index].num_token_embeddings
+    count = cast(MemoryFuser, model.fuser[sharer_index]).num_token_embeddings
     return AlignedStates(
         [state.to(device) for state in sharer],
         [state.to(device) for state in receiver],

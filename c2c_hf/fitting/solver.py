@@ -1,7 +1,9 @@
 """Solves for the maps of a memory fuser: ridge regression from sums over tokens, of full rank or reduced rank."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers.utils.logging import tqdm
@@ -12,6 +14,10 @@ from ..fusers.memory import MemoryFuser
 _OVERSAMPLING, _ITERATIONS = 64, 4
 #: Penalty with which single layers are compared, relative to the mean variance.
 _SELECTION_ALPHA = 1e-2
+#: The block of token embeddings; the others are source layers.
+_EMBEDDINGS = -1
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -90,6 +96,9 @@ def choose_source_layers(
 class MapSums:
     """Sums over tokens, whose size does not depend on their number, and the held-out tokens.
 
+    The features of a receiver layer are blocks side by side: one per source layer, and the token embeddings. Layers
+    share blocks, so each product of two blocks is summed up once.
+
     Args:
         fuser: Standardizes the states and names the source layers.
 
@@ -103,10 +112,26 @@ class MapSums:
         self.num_tokens = self.num_held_out = 0
         # Receiver layers with the same source layers have the same features.
         self._layers: dict[tuple[int, ...], list[int]] = {}
+        #: Receiver layers that are predicted from each block.
+        self._targets: dict[int, list[int]] = {}
         for layer_idx, sources in enumerate(fuser.source_layers):
             self._layers.setdefault(tuple(sources), []).append(layer_idx)
+            for block in self._blocks(sources):
+                self._targets.setdefault(block, []).append(layer_idx)
+        self._pairs = {
+            (first, second)
+            for sources in self._layers
+            for first, second in itertools.combinations_with_replacement(sorted(self._blocks(sources)), 2)
+        }
         self._held_out: list[tuple[list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]] = []
-        self._sums: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._x_sums: dict[int, torch.Tensor] = {}
+        self._y_sums: dict[int, torch.Tensor] = {}
+        self._xx: dict[tuple[int, int], torch.Tensor] = {}
+        self._xy: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _blocks(self, sources: Sequence[int]) -> list[int]:
+        """Return the blocks of a receiver layer's features, in order: source layers, and `_EMBEDDINGS`."""
+        return [*sources, _EMBEDDINGS] if self._fuser.num_token_embeddings else list(sources)
 
     def _prepare(
         self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
@@ -127,21 +152,37 @@ class MapSums:
         """Add tokens; arguments as in [`choose_source_layers`]."""
         self.num_tokens += len(embeddings)
         entries, standardized, targets = self._prepare(sharer_states, receiver_states, embeddings)
-        for sources, layers in self._layers.items():
-            features = self._fuser.features(entries, standardized, layers[0])
-            own = torch.cat([targets[layer_idx] for layer_idx in layers], dim=-1)
-            # Products of a few thousand tokens in float32, sums in float64.
-            parts = [features.sum(0), own.sum(0), features.T @ features, features.T @ own]
-            sums = self._sums.setdefault(sources, [torch.zeros_like(part, dtype=torch.float64) for part in parts])
-            for total, part in zip(sums, parts, strict=True):
-                total += part
+        num_layers = len(entries) // 2
+        blocks = {
+            block: torch.cat([entries[block], entries[num_layers + block]], dim=-1)
+            for block in self._targets
+            if block != _EMBEDDINGS
+        }
+        if standardized is not None:
+            blocks[_EMBEDDINGS] = standardized
+        # Products of a few thousand tokens in float32, sums in float64.
+        for layer_idx, target in enumerate(targets):
+            _add(self._y_sums, layer_idx, target.sum(0))
+        for block, layers in self._targets.items():
+            _add(self._x_sums, block, blocks[block].sum(0))
+            products = blocks[block].T @ torch.cat([targets[layer_idx] for layer_idx in layers], dim=-1)
+            widths = [targets[layer_idx].shape[1] for layer_idx in layers]
+            for layer_idx, product in zip(layers, products.split(widths, dim=-1), strict=True):
+                _add(self._xy, (block, layer_idx), product)
+        for first, second in self._pairs:
+            _add(self._xx, (first, second), blocks[first].T @ blocks[second])
 
-    def problems(self) -> "list[tuple[list[int], _Problem]]":
-        """Return per group of receiver layers with the same features the layers and their regression."""
-        problems = []
+    def _product(self, first: int, second: int) -> torch.Tensor:
+        return self._xx[first, second] if (first, second) in self._xx else self._xx[second, first].T
+
+    def problems(self) -> "Iterator[tuple[list[int], _Problem]]":
+        """Yield per group of receiver layers with the same features the layers and their regression."""
         for sources, layers in self._layers.items():
-            x_sum, y_sum, xx, xy = self._sums[sources]
-            x_mean, y_mean = x_sum / self.num_tokens, y_sum / self.num_tokens
+            blocks = self._blocks(sources)
+            xx = torch.cat([torch.cat([self._product(first, second) for second in blocks], 1) for first in blocks])
+            xy = torch.cat([torch.cat([self._xy[block, layer_idx] for layer_idx in layers], 1) for block in blocks])
+            x_mean = torch.cat([self._x_sums[block] for block in blocks]) / self.num_tokens
+            y_mean = torch.cat([self._y_sums[layer_idx] for layer_idx in layers]) / self.num_tokens
             held_x = torch.cat([self._fuser.features(x, e, layers[0]) for x, e, _ in self._held_out])
             held_y = torch.cat(
                 [torch.cat([y[layer_idx] for layer_idx in layers], dim=-1) for _, _, y in self._held_out]
@@ -154,8 +195,11 @@ class MapSums:
                 held_x - x_mean.to(held_x),
                 held_y - y_mean.to(held_y),
             )
-            problems.append((layers, problem))
-        return problems
+            yield layers, problem
+
+
+def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:
+    sums[key] = sums[key] + part if key in sums else part.double()
 
 
 @dataclass
