@@ -1,7 +1,7 @@
-"""Solves for the maps of a memory fuser: ridge regression from sums over tokens, of full rank or reduced rank."""
+"""Ridge regression: the maps of a memory fuser, of full or reduced rank, and which sharer layers suit a layer best."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -42,7 +42,7 @@ class RidgeReport:
     source_layers: list[list[int]]
 
 
-def _layer_targets(fuser: MemoryFuser, receiver_states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def layer_targets(fuser: MemoryFuser, receiver_states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Standardize the receiver's states: per layer keys and values side by side, `(num_tokens, width)`."""
     dtype, num_layers = fuser.receiver_mean.dtype, len(fuser.receiver_shapes)
     means, scales = (buffer.split(fuser.receiver_widths) for buffer in (fuser.receiver_mean, fuser.receiver_scale))
@@ -56,41 +56,48 @@ def _explained(truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     return 1 - error / torch.where(variance > 0, variance, error.clamp_min(1e-12))
 
 
-def choose_source_layers(
-    fuser: MemoryFuser,
-    sharer_states: Sequence[torch.Tensor],
-    receiver_states: Sequence[torch.Tensor],
-    embeddings: torch.Tensor,
-    count: int,
-) -> list[list[int]]:
-    """Choose per receiver layer the sharer layers which alone predict its states best on held-out tokens.
+def mean_and_scale(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation per dimension of `(num_tokens, width)`.
+
+    Dimensions that hardly vary are not blown up: their scale is at least 2 % of the mean one.
+    """
+    scale = states.std(0)
+    return states.mean(0), scale.clamp_min(0.02 * float(scale.mean()) or 1.0)
+
+
+def score_source_layers(features: Iterable[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Say how well each sharer layer alone predicts each receiver layer's states, on held-out tokens.
 
     Args:
-        fuser: Standardizes the states.
-        sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
-        receiver_states: The same of the receiver.
-        embeddings: `(num_tokens, embedding_size)`, the receiver's token embeddings, used where the fuser has them.
-        count: Number of layers to choose.
+        features: Per sharer layer `(num_tokens, in_features)`, standardized; one at a time is held in memory.
+        targets: Per receiver layer `(num_tokens, width)`, standardized. The last quarter of the tokens is held out.
 
     Returns:
-        Per receiver layer the chosen layers in ascending order.
+        `(num_sharer_layers, num_receiver_layers)`: the share of the variance that is explained, the mean over
+        dimensions.
     """
-    num_sharer_layers = len(fuser.sharer_widths) // 2
-    targets = _layer_targets(fuser, receiver_states)
-    widths, target = [own.shape[1] for own in targets], torch.cat(targets, dim=-1)
-    entries, standardized = fuser.standardize(sharer_states, embeddings)
-    common = [] if standardized is None else [standardized]
+    widths, target = [own.shape[1] for own in targets], torch.cat(list(targets), dim=-1)
     num_fitted = len(target) - len(target) // 4
-    scores = torch.zeros(num_sharer_layers, len(targets))
-    for source in range(num_sharer_layers):
-        features = torch.cat([entries[source], entries[num_sharer_layers + source], *common], dim=-1)
-        fitted = features[:num_fitted]
+    scores = []
+    for layer_features in features:
+        fitted = layer_features[:num_fitted]
         xx = fitted.T @ fitted
         penalty = _SELECTION_ALPHA * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
         weight = torch.linalg.solve(xx + penalty, fitted.T @ target[:num_fitted])
-        quality = _explained(target[num_fitted:], features[num_fitted:] @ weight)
-        scores[source] = torch.stack([part.mean() for part in quality.split(widths)])
-    return [sorted(scores[:, layer_idx].topk(count).indices.tolist()) for layer_idx in range(len(targets))]
+        quality = _explained(target[num_fitted:], layer_features[num_fitted:] @ weight)
+        scores.append(torch.stack([part.mean() for part in quality.split(widths)]))
+    return torch.stack(scores).cpu()
+
+
+def choose_source_layers(scores: torch.Tensor, count: int) -> list[list[int]]:
+    """Choose per receiver layer the sharer layers of the best scores, in ascending order.
+
+    Args:
+        scores: Of [`score_source_layers`].
+        count: Number of layers to choose, at most all.
+    """
+    count = min(count, len(scores))
+    return [sorted(column.topk(count).indices.tolist()) for column in scores.T]
 
 
 class MapSums:
@@ -137,19 +144,25 @@ class MapSums:
         self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]:
         entries, standardized = self._fuser.standardize(sharer_states, embeddings)
-        return entries, standardized, _layer_targets(self._fuser, receiver_states)
+        return entries, standardized, layer_targets(self._fuser, receiver_states)
 
     def hold_out(
         self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
     ) -> None:
-        """Keep tokens by which the maps are evaluated; arguments as in [`choose_source_layers`]."""
+        """Keep tokens by which the maps are evaluated; arguments as in [`MapSums.add`]."""
         self.num_held_out += len(embeddings)
         self._held_out.append(self._prepare(sharer_states, receiver_states, embeddings))
 
     def add(
         self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
     ) -> None:
-        """Add tokens; arguments as in [`choose_source_layers`]."""
+        """Add tokens.
+
+        Args:
+            sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
+            receiver_states: The same of the receiver.
+            embeddings: `(num_tokens, embedding_size)`, the receiver's token embeddings, used where the fuser has them.
+        """
         self.num_tokens += len(embeddings)
         entries, standardized, targets = self._prepare(sharer_states, receiver_states, embeddings)
         num_layers = len(entries) // 2

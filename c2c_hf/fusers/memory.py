@@ -5,15 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..configuration_c2c import C2CConfig, LayerShape, SharerConfig, layer_mapping
-
-
-def neighbouring_layers(num_receiver_layers: int, num_sharer_layers: int, count: int) -> list[list[int]]:
-    """Return `count` source layers per receiver layer: neighbours around its relative depth."""
-    count = min(count, num_sharer_layers)
-    centers = layer_mapping(num_receiver_layers, num_sharer_layers, "depth_normalized")
-    starts = [min(max(0, center - count // 2), num_sharer_layers - count) for center in centers]
-    return [list(range(start, start + count)) for start in starts]
+from ..configuration_c2c import C2CConfig, LayerShape, SharerConfig, several_source_layers
 
 
 class SwiGLU(nn.Module):
@@ -98,17 +90,14 @@ class MemoryFuser(nn.Module):
         ):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_scale", torch.ones(width))
-        num_layers, num_sharer_layers = len(self.receiver_shapes), len(sharer_shapes)
-        sources = sharer.memory_source_layers
-        if sources is None:
-            sources = neighbouring_layers(num_layers, num_sharer_layers, config.memory_source_layers)
-        if len(sources) != num_layers or any(not 0 <= i < num_sharer_layers for own in sources for i in own):
-            raise ValueError(
-                f"`memory_source_layers` of a sharer must hold layers below {num_sharer_layers} for each of the "
-                f"{num_layers} receiver layers, but got {sources}."
-            )
         #: The source layers of each receiver layer.
-        self.source_layers = [list(own) for own in sources]
+        self.source_layers = several_source_layers(
+            "memory_source_layers",
+            sharer.memory_source_layers,
+            len(self.receiver_shapes),
+            len(sharer_shapes),
+            config.memory_source_layers,
+        )
         self.maps: Sequence[MemoryMap] = nn.ModuleList(  # type: ignore[assignment]
             MemoryMap(
                 sum(self.sharer_widths[entry] for entry in self.entries(layer_idx)) + self.embedding_size,

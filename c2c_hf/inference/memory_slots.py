@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..fusers.memory import MemoryFuser
-from .fusion import AlignedTokens, TokenStates, aligned_tokens
+from .fusion import AlignedTokens, KeyPositions, TokenStates, aligned_tokens
 from .inputs import ReceiverInputs, SharerInputs
 from .prefill import LayerStates, cached_states, full_length_cache, prefill
 from .rotary import Rotation
@@ -179,9 +179,8 @@ def fill_memory_slots(
     ):
         if sharer_cache is None or len(rows) == 0:
             continue
-        tokens = position_free_tokens(
-            sharer_cache, sharer_rotations[index], sharers[index].positions(), rows, positions
-        )
+        key_positions = KeyPositions(sharer_rotations[index], sharers[index].positions())
+        tokens = TokenStates(sharer_cache.entries(), rows, positions, key_positions=key_positions).all_entries()
         device = next(fuser.parameters()).device
         slots = _pick(inputs.positions(), rows, columns)
         where = (rows.to(device), columns.to(device))
@@ -201,34 +200,6 @@ def fill_memory_slots(
     if leading_states:
         _place_leading_states(plan, filled, leading_states)
     return filled
-
-
-def position_free_tokens(
-    sharer_cache: SharerCache,
-    rotations: Sequence[Rotation],
-    position_ids: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Gather tokens of a sharer's cache, their keys free of rotary position.
-
-    Args:
-        sharer_cache: The sharer's cache.
-        rotations: The rotary embedding of each of its layers.
-        position_ids: `(batch_size, sharer_len)`, of the sharer's tokens.
-        rows: `(num_tokens,)`, batch rows.
-        positions: `(num_tokens,)`, columns of its text.
-
-    Returns:
-        `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
-    """
-    entries = sharer_cache.entries()
-    tokens = TokenStates(entries, rows, positions).all_entries()
-    places = _pick(position_ids, rows, positions)
-    for layer_idx, rotation in enumerate(rotations):
-        keys = tokens[layer_idx].unflatten(-1, (entries[layer_idx].shape[1], -1))
-        tokens[layer_idx] = rotation.remove(keys, places).flatten(1)
-    return tokens
 
 
 def slot_embeddings(

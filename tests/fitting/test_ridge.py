@@ -10,7 +10,7 @@ from tokenizers_for_tests import byte_level_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
 from c2c_hf.fitting.ridge import aligned_states, fit_ridge
-from c2c_hf.fitting.solver import choose_source_layers
+from c2c_hf.fitting.solver import choose_source_layers, layer_targets, score_source_layers
 from c2c_hf.fusers.memory import MemoryFuser
 from c2c_hf.training.dataset import prepare_dataset
 
@@ -71,7 +71,9 @@ def test_the_best_source_layers_are_chosen() -> None:
     states = aligned_states(model, processor, texts(40), 0, 512)
     order = list(reversed(range(num_layers)))
     shuffled = [states.sharer[half * num_layers + i] for half in (0, 1) for i in order]
-    assert choose_source_layers(fuser, shuffled, states.receiver, states.embeddings, 1) == [[i] for i in order]
+    features = (torch.cat([shuffled[i], shuffled[num_layers + i]], dim=-1) for i in range(num_layers))
+    scores = score_source_layers(features, layer_targets(fuser, states.receiver))
+    assert choose_source_layers(scores, 1) == [[i] for i in order]
     fit_ridge(model, processor, texts(120), progress=False)
     assert model.config.sharers[0].memory_source_layers == [[i] for i in range(num_layers)]
     assert model.fuser[0].source_layers == model.config.sharers[0].memory_source_layers
