@@ -382,9 +382,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
-            # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
-            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                inputs = inputs.with_positions()
+        # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
+        if self.fusion_enabled and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            inputs = inputs.with_positions()
 
         if isinstance(cache, C2CCache) and cache.hidden_positions is not None:
             inputs = _without_hidden_positions(inputs, cache)
@@ -396,7 +396,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         elif sharers:
             plan = self._plan_fusion(sharers, inputs, labels, logits_to_keep)
         if plan is None:
-            return run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+            outputs = run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+            if isinstance(cache, C2CCache):
+                cache.record_tokens(input_ids, attention_mask)
+            return outputs
 
         self._check_no_checkpointing()
 
@@ -439,13 +442,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             fuse_states(fusers, caches, states, plan.tokens, self.config.fusion_mode, *key_positions)
 
         # 5. Write these states into the cache and run the receiver over the remaining positions.
-        outputs = continue_receiver(
+        tail_outputs = continue_receiver(
             self.receiver, states, plan.tail_start, plan.tail_mask(), inputs, cache, num_kept, kwargs
         )
+        if isinstance(cache, C2CCache):
+            cache.record_tokens(input_ids, attention_mask, [sharer.alignment for sharer in sharers])
         # Without remaining positions (fusion mode only) all requested logits are those of the unfused pass.
         logits = cast(torch.Tensor, unfused_logits)
-        if outputs is not None:
-            logits = outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
+        if tail_outputs is not None:
+            logits = tail_outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
             if unfused_logits is not None and isinstance(plan, FusionPlan):
                 logits = plan.join_logits(unfused_logits, logits, first_kept)
         loss = None
@@ -455,8 +460,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else logits,
-            hidden_states=None if outputs is None else outputs.get("hidden_states"),
-            attentions=None if outputs is None else outputs.get("attentions"),
+            hidden_states=None if tail_outputs is None else tail_outputs.get("hidden_states"),
+            attentions=None if tail_outputs is None else tail_outputs.get("attentions"),
             **{CACHE_ARGUMENT: None if use_cache is False else cache},
         )
 
@@ -613,7 +618,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             with_gradient=needs_grad,
         )
         if self.config.fuse_response and isinstance(cache, C2CCache):
-            if past_length > 0 and cache.unfused_cache is None:
+            if past_length != cached_length(cache.unfused_cache):
                 raise ValueError(
                     "`cache`: with `fuse_response=True` a cache can only be continued if it was filled with response "
                     "fusion from the start, but this one was not; start with an empty one."
@@ -715,9 +720,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         """Prepare one step of `generate` as the receiver does; sharer inputs go into the prefill only."""
         sharer_inputs = {name: kwargs.pop(name) for name in SHARER_ARGUMENTS if name in kwargs}
         is_prefill = is_first_iteration or not kwargs.get("use_cache", True)
-        fuses = self.fusion_enabled and (is_prefill or self.config.fuse_response)
-        # Without the cache, the receiver leaves the mask two-dimensional, which the prefills need.
-        cache = pop_cache(kwargs) if fuses else None
+        # Without the cache, the receiver leaves the mask two-dimensional, which the prefills and a `C2CCache` need.
+        keeps_mask = is_prefill or (self.fusion_enabled and self.config.fuse_response)
+        cache = pop_cache(kwargs) if keeps_mask else None
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         inputs = self.receiver.prepare_inputs_for_generation(
@@ -727,9 +732,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if fuses:
+        if keeps_mask:
             inputs[CACHE_ARGUMENT] = cache
-            if is_prefill:
+            if is_prefill and self.fusion_enabled:
                 inputs.update(sharer_inputs)
                 if sharer_inputs.get("sharer_alignment") is not None:
                     # Without a cache the text has grown; assisted decoding appends its candidates.
@@ -766,8 +771,6 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_text(input_ids, kwargs, cache)
         if not isinstance(cache, C2CCache):
             return super().generate(*args, **kwargs)
-        # Beams reorder the cache's rows, and an error leaves it half filled.
-        cache.input_ids = None
         output = super().generate(*args, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if (
@@ -775,7 +778,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             and len(sequences) == len(input_ids)
             and kwargs.get("num_beams", config.num_beams) in (None, 1)
         ):
-            cache.input_ids = sequences[:, : cached_length(cache)]
+            cache.complete_text(sequences)
         return output
 
     def _check_text(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], cache: Cache | None) -> None:
@@ -792,17 +795,19 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         tokens, mask = kwargs.get("inputs_embeds") if input_ids is None else input_ids, kwargs.get("attention_mask")
         if tokens is None:
             return
-        if isinstance(cache, C2CCache) and input_ids is not None:
-            cache.crop_to_text(input_ids, mask)
+        # A four-dimensional mask does not say where the padding is.
+        padding = torch.ones(tokens.shape[:2]) if mask is None or mask.dim() != 2 else mask
+        alignments: list[torch.Tensor] | None = None
         slots = None
         if kwargs.get("sharer_alignment") is not None:
-            # A four-dimensional mask does not say where the padding is.
-            padding = mask if mask is not None and mask.dim() == 2 else torch.ones(tokens.shape[:2])
             alignments = [
                 new_alignment(alignment, len(tokens), tokens.shape[1], 0, padding)
                 for alignment in tensor_per_sharer(self.config, "sharer_alignment", kwargs["sharer_alignment"])
             ]
             slots = slot_positions(alignments)
+        # A mask that is longer than the ids covers the cached text, which they continue.
+        if isinstance(cache, C2CCache) and input_ids is not None and padding.shape[1] == tokens.shape[1]:
+            self._crop_to_text(cache, input_ids, padding, alignments, kwargs)
         if self.config.mode == "memory" and not self.fusion_enabled and slots is not None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
             kwargs["attention_mask"] = mask.masked_fill(slots.to(mask.device), 0)
@@ -812,6 +817,27 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             mask = kwargs.get("attention_mask")
             mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
             kwargs["attention_mask"] = cache.masked(mask)
+
+    def _crop_to_text(
+        self,
+        cache: C2CCache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        alignments: list[torch.Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Drop what a kept cache holds of another text, or of other states of the sharers, than the given ones."""
+        if not self.fusion_enabled:
+            alignments = [torch.full_like(input_ids, -1) for _ in self.sharers]
+        elif self.config.fuse_response:
+            # There the sharers' tokens are made from the receiver's.
+            alignments = None
+        ids, masks, _, _ = (kwargs.get(name) for name in _SHARER_TENSORS)
+        texts = None
+        if alignments is not None and ids is not None:
+            sharers = sharer_inputs_from_caller(self.config, GivenSharerInputs(ids, masks), len(input_ids))
+            texts = [(sharer.input_ids, sharer.attention_mask) for sharer in sharers]
+        cache.crop_to_text(input_ids, attention_mask, alignments, texts, self.config.mode == "memory")
 
     def _expand_inputs_for_generation(
         self,

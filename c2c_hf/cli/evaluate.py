@@ -94,6 +94,8 @@ def evaluate(
 
     The same command continues an interrupted run.
     """
+    from accelerate import PartialState
+
     from ..evaluation.evaluate import DEFAULT_TASKS
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.methods.registry import METHODS
@@ -133,6 +135,8 @@ def evaluate(
         max_length=max_length,
         baselines=baselines,
     )
+    if not PartialState().is_main_process:
+        return
     for line in headline(metrics["reading"]):
         print(line.replace("**", ""))
     for result in metrics["results"]:

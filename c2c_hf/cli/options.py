@@ -79,8 +79,12 @@ def load_model(
     for sharer in sharers or []:
         check_place("`--sharer`", sharer)
 
+    from accelerate import PartialState
+
     from ..demo import from_pretrained
 
+    # Each of several processes gets a CUDA device of its own as its current one.
+    PartialState()
     if fuser is not None:
         model, processor = from_pretrained(fuser, receiver, sharers or None, dtype=dtype)
     else:

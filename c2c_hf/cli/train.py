@@ -92,6 +92,8 @@ def fit(
     check_place("`--receiver`", receiver)
     check_place("`--sharer`", sharer)
 
+    from accelerate import PartialState
+
     from ..checkpoints.base_models import load_base_model
     from ..demo import local_pair
     from ..fitting.layer_mapping import fit_layer_mapping
@@ -99,6 +101,7 @@ def fit(
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
+    processes = PartialState()
     rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
     names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
     loaded = [
@@ -130,6 +133,8 @@ def fit(
     processor = C2CProcessor.from_config(model.config, *names)
     if mode == "fusion":
         mapping = fit_layer_mapping(model, processor, rows, max_length=max_length)
+        if not processes.is_main_process:
+            return
         print(f"{mapping.num_tokens} tokens, a quarter of them held out")
         print("layer  R2     from the sharer's layers")
         for layer_idx, (row, sources) in enumerate(zip(mapping.scores, mapping.source_layers, strict=True)):
@@ -137,6 +142,8 @@ def fit(
             print(f"{layer_idx:5}  {best:5.3f}  {', '.join(map(str, sources))}")
     else:
         report = fit_ridge(model, processor, rows, max_length=max_length)
+        if not processes.is_main_process:
+            return
         keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
         print(
             f"{report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens {keys:.3f} (keys), "

@@ -1,11 +1,15 @@
 """One call from a fuser to a table: load tasks, answer them by all methods, compute results, write the report."""
 
 import hashlib
+import json
 import platform
 from collections.abc import Sequence
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from ..checkpoints.receiver_adapter import has_adapter
 from ..inference.fingerprints import fingerprint
@@ -52,7 +56,8 @@ def evaluate(
 ) -> Json:
     """Evaluate a fuser against baselines and controls on the same items.
 
-    Called again with the same folder it continues an interrupted run, and adds further tasks and methods.
+    Called again with the same folder it continues an interrupted run, and adds further tasks and methods. The
+    processes that `accelerate launch` or `torchrun` starts share the items; they need a disk that all of them see.
 
     Args:
         model: The C2C model.
@@ -127,12 +132,16 @@ def evaluate(
         background_tokens=background_tokens,
         max_length=max_length,
     )
-    folder = RunFolder(output, settings)
+    # Who is done first waits for the others.
+    folder = RunFolder(output, settings, PartialState(timeout=timedelta(days=7)))
     answer_tasks(folder, loaded, built, batch_size, seed, chat, max_new_tokens)
     if reading:
         path = folder.path.absolute().parent / "reading_baselines.jsonl" if baselines is None else Path(baselines)
-        stored = BaselineFile(path, _baseline_settings(model, settings), built)
+        stored = BaselineFile(path, folder, _baseline_settings(model, settings), built)
         answer_reading(folder, reading, built, stored, batch_size, chat, max_new_tokens)
+    if not folder.processes.is_main_process:
+        folder.processes.wait_for_everyone()
+        return json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
     sizes = {
         name: method.base_model.num_parameters()
         for name, method in built.items()
@@ -151,6 +160,7 @@ def evaluate(
     metrics = {**results, "versions": versions(), "seed": seed, "config": settings, "batch_size": batch_size}
     write_json(folder.path / "metrics.json", metrics)
     write_report(folder.path, metrics, compared)
+    folder.processes.wait_for_everyone()
     return metrics
 
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import TypeAlias
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
@@ -54,6 +56,11 @@ class AlignedStates:
     def __len__(self) -> int:
         return len(self.embeddings)
 
+    def beginning(self, num_tokens: int) -> "AlignedStates":
+        """Return the first tokens."""
+        sharer, receiver = ([entry[:num_tokens] for entry in entries] for entries in (self.sharer, self.receiver))
+        return AlignedStates(sharer, receiver, self.embeddings[:num_tokens])
+
     @classmethod
     def join(cls, parts: "Sequence[AlignedStates]") -> "AlignedStates":
         """Join states of several batches."""
@@ -84,7 +91,8 @@ def fit_ridge(
     Each token of a text in its place in front of a prompt is a sample: the receiver's states there are predicted from
     those of the sharer token that would fill its slot on the receiver's grid. Keys are compared free of rotary
     position. Texts are streamed: memory grows with the width of the features, not with the texts. A fuser with
-    `memory_rank` gets the best map of that rank (reduced-rank regression); a residual network is reset.
+    `memory_rank` gets the best map of that rank (reduced-rank regression); a residual network is reset. The processes
+    that `accelerate launch` or `torchrun` starts share the texts, and all end with the fuser of all texts.
 
     Args:
         model: A pair with `mode="memory"`; its fuser is replaced.
@@ -110,9 +118,11 @@ def fit_ridge(
     """
     if model.config.mode != "memory":
         raise ValueError(f"`fit_ridge` needs `mode='memory'`, but the model has {model.config.mode!r}.")
-    batches = batched_texts(texts, batch_size, progress)
-    states = (aligned_states(model, processor, batch, sharer_index, max_length) for batch in batches)
-    first = first_states(states, num_selection_tokens)
+    processes = PartialState()
+    batches = batched_texts(texts, batch_size, progress and processes.is_main_process)
+    prefill = partial(aligned_states, model, processor, sharer_index=sharer_index, max_length=max_length)
+    # Every process prefills the first texts, and those that are held out, so that all of them fit the same fuser.
+    first = first_states(map(prefill, batches), num_selection_tokens)
     period = max(2, round(1 / held_out_share))
     too_few = ValueError(
         f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give more "
@@ -121,10 +131,13 @@ def fit_ridge(
     if sum(map(len, first)) < 2:
         raise too_few
     fuser = _start_fuser(model, sharer_index, AlignedStates.join(first), choose_layers)
-    sums, chunk, num_held_out = MapSums(fuser), [], 0
-    for number, part in enumerate(chain(first, states)):
-        if number % period == period - 1 and num_held_out < max_held_out:
-            num_held_out += len(part)
+    sums, chunk = MapSums(fuser), []
+    for number, batch in enumerate(chain(first, batches)):
+        held_out = number % period == period - 1 and sums.num_held_out < max_held_out
+        if not held_out and number % processes.num_processes != processes.process_index:
+            continue
+        part = batch if isinstance(batch, AlignedStates) else prefill(batch)
+        if held_out:
             sums.hold_out(part.sharer, part.receiver, part.embeddings)
             continue
         chunk.append(part)
@@ -133,9 +146,13 @@ def fit_ridge(
             chunk = []
     if chunk:
         _add(sums, chunk)
-    if num_held_out < 2:
+    if sums.num_held_out < 2:
         raise too_few
-    return solve_maps(fuser, sums, alphas, progress)
+    if processes.num_processes > 1:
+        # A process without a batch of its own has sums of 0, too.
+        _add(sums, [first[0].beginning(0)])
+        sums.add_over_processes()
+    return solve_maps(fuser, sums, alphas, progress and processes.is_main_process)
 
 
 def _add(sums: MapSums, chunk: Sequence[AlignedStates]) -> None:

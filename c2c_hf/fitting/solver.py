@@ -185,6 +185,14 @@ class MapSums:
         for first, second in self._pairs:
             _add(self._xx, (first, second), blocks[first].T @ blocks[second])
 
+    def add_over_processes(self) -> None:
+        """Add up the sums of all processes, which hold out the same tokens."""
+        for sums in (self._x_sums, self._y_sums, self._xy, self._xx):
+            _add_over_processes(sums)
+        count = next(iter(self._x_sums.values())).new_tensor(self.num_tokens)
+        torch.distributed.all_reduce(count)
+        self.num_tokens = int(count)
+
     def _product(self, first: int, second: int) -> torch.Tensor:
         return self._xx[first, second] if (first, second) in self._xx else self._xx[second, first].T
 
@@ -209,6 +217,13 @@ class MapSums:
                 held_y - y_mean.to(held_y),
             )
             yield layers, problem
+
+
+def _add_over_processes(sums: dict[Key, torch.Tensor]) -> None:
+    for key, total in sums.items():
+        whole = total.contiguous()
+        torch.distributed.all_reduce(whole)
+        sums[key] = whole
 
 
 def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:

@@ -285,9 +285,19 @@ def _is_rounded(model: PreTrainedModel, tensors: Sequence[torch.Tensor]) -> bool
     """Say whether a model computes in less than float32."""
     return (
         getattr(model, "hf_quantizer", None) is not None
-        or torch.get_float32_matmul_precision() != "highest"
+        or _rounds_float32()
         or any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors)
     )
+
+
+def _rounds_float32() -> bool:
+    """Say whether products of float32 matrices may be computed in less, on any device."""
+    # From torch 2.9 on there is one setting per backend, with which `get_float32_matmul_precision` may raise.
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    settings = [getattr(backend.matmul, "fp32_precision", None) for backend in backends]
+    if None in settings:
+        return torch.get_float32_matmul_precision() != "highest"
+    return any(setting not in ("none", "ieee") for setting in settings)
 
 
 def _flat(states: LayerStates) -> list[torch.Tensor]:

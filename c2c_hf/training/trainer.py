@@ -226,6 +226,30 @@ class C2CTrainer(CheckpointingTrainer):
         self._num_tokens = self._num_tokens.to(num_tokens.device) + num_tokens
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _num_own_rows(self, num_rows: int) -> int:
+        """Return how many first rows of the current batch count; the rest repeats rows, to fill the last batch.
+
+        Args:
+            num_rows: Of this process's batch.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return num_rows
+        return min(max(state.remainder - self.accelerator.process_index * num_rows, 0), num_rows)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Count the answer tokens of a step, after the rows that other processes have are dropped."""
+        if batch_samples:
+            num_rows = len(batch_samples[-1]["labels"])
+            num_own = self._num_own_rows(num_rows)
+            if num_own < num_rows:
+                # One row stays, without labels if need be: all processes take part in every step.
+                last = TrainingBatch.from_inputs(batch_samples[-1]).select_rows(torch.arange(max(1, num_own)))
+                if num_own == 0:
+                    last.labels = torch.full_like(last.labels, -100)
+                batch_samples[-1] = {name: value for name, value in vars(last).items() if value is not None}
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def compute_loss_context_manager(self) -> ExitStack:
         """Switch autocast on where it is asked for, and fusion off with `train_fuser=False`."""
         stack = ExitStack()
@@ -263,6 +287,11 @@ class C2CTrainer(CheckpointingTrainer):
             batch.sharer_alignment = keep_random_spans(batch.sharer_alignment, args.min_fused_fraction)
 
         num_tokens, num_rows = batch.num_targets().sum(), len(batch.labels)
+        if training and self.accelerator.num_processes > 1 and int(num_tokens) == 0:
+            # Other processes have the last rows; this one takes part in their backward pass with gradients of 0.
+            outputs = model(**batch.model_inputs(with_labels=False))
+            loss = 0.0 * sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad)
+            return (loss, outputs) if return_outputs else loss
         mismatched = None
         if training and args.guard_weight and num_rows > 1:
             drawn = draw_rows(self._is_answer(batch), args.mismatched_rate)
@@ -296,7 +325,9 @@ class C2CTrainer(CheckpointingTrainer):
             total = total + args.guard_weight * guard * len(mismatched.labels) * num_tokens / num_rows
             self._logged["guard_loss"].append(guard.detach())
         if not training:
-            self._eval_sums += torch.stack([total.detach().double(), num_tokens.double()]).cpu()
+            num_own = self._num_own_rows(num_rows)
+            own = [losses[:num_own].sum().detach().double(), batch.num_targets()[:num_own].sum().double()]
+            self._eval_sums += torch.stack([value.cpu() for value in own])
 
         loss = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and args.average_tokens_across_devices:
