@@ -27,7 +27,7 @@ def train(
     set_seed(arguments.seed)
     model, processor = model_arguments.load()
     with arguments.main_process_first(desc="tokenizing"):
-        train_data, eval_data = data_arguments.load(processor, arguments.max_length, arguments.seed)
+        train_data, eval_data = data_arguments.load(processor, arguments)
     adapter = model_arguments.peft_config()
     trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor, adapter)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

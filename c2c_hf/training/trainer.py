@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import DataCollator
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, get_last_checkpoint
 from transformers.utils import ModelOutput
 
 from ..checkpoints.receiver_adapter import add_adapter
@@ -26,11 +26,26 @@ from .arguments import PRESETS, C2CTrainingArguments
 from .batch_transforms import draw_rows, keep_random_spans, mismatch_sharers
 from .checkpoints import STATE_FILE, CheckpointingTrainer
 from .collator import C2CDataCollator, TrainingBatch
+from .dataset import prepare_dataset
 from .losses import answer_losses, choice_losses, distillation_losses, guard_losses
 from .sharer_cache_store import SharerCacheStore
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+def _tokenized(dataset: Any, args: C2CTrainingArguments, collator: DataCollator, name: str) -> Any:
+    """Tokenize the rows of a data set or of each in a dictionary; what is no data set, or of examples, is returned.
+
+    Other collators than [`C2CDataCollator`] may take other columns: theirs stay as they are, too.
+    """
+    if isinstance(dataset, dict):
+        return {key: _tokenized(value, args, collator, f"{name}[{key!r}]") for key, value in dataset.items()}
+    if not isinstance(collator, C2CDataCollator) or not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    # Of several processes, the first one tokenizes, and the others find the result on the disk.
+    with args.main_process_first(desc=f"tokenizing {name}"):
+        return prepare_dataset(dataset, collator.processor, name=name, **args.tokenization())
 
 
 class C2CTrainer(CheckpointingTrainer):
@@ -51,8 +66,10 @@ class C2CTrainer(CheckpointingTrainer):
         model: The pair.
         args: Arguments of the run.
         data_collator: `None`: a [`C2CDataCollator`].
-        train_dataset: Examples of [`~training.dataset.prepare_dataset`].
-        eval_dataset: The same, or a dictionary of them.
+        train_dataset: Rows with `messages`, `conversations`, `question`, `choices` and `answer`, `prompt` and
+            `completion`, `context`, `question` and `answers`, or `text`, which are tokenized as `args` say; or
+            examples of [`~training.dataset.prepare_dataset`]. A `Dataset` or, streamed, an `IterableDataset`.
+        eval_dataset: The same, or a dictionary of them; `evaluate` and `predict` take them as well.
         processing_class: The pair's processor; saved with every checkpoint.
         peft_config: A `peft.LoraConfig` or the like: an adapter of the receiver is trained with the fuser, or with
             `train_fuser=False` in its place, and saved beside it. `None`: no new adapter.
@@ -65,7 +82,7 @@ class C2CTrainer(CheckpointingTrainer):
         ValueError: Nothing to train: `train_fuser=False` without an adapter; or `min_fused_fraction` in memory mode.
         ValueError: `sharer_cache_dir` with `fuse_response=True`; or `distillation_weight` where `input_ids` does not
             hold the context, in fusion mode and on the sharer's grid.
-        ValueError: A data set holds raw rows in place of examples.
+        ValueError: A data set has unknown columns or a bad row.
         ValueError: The processor is not that of the model: another mode, grid, alignment or vocabulary.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which is not supported.
     """
@@ -80,7 +97,7 @@ class C2CTrainer(CheckpointingTrainer):
         args: C2CTrainingArguments,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: C2CProcessor | None = None,
         peft_config: "PeftConfig | None" = None,
         **kwargs: Any,
@@ -97,19 +114,6 @@ class C2CTrainer(CheckpointingTrainer):
             data_collator = C2CDataCollator(processing_class)
         if isinstance(processing_class, C2CProcessor):
             model.check_processor(processing_class.settings)
-        # An evaluation may have several data sets.
-        given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-        for dataset in given:
-            columns = getattr(dataset, "column_names", None)
-            if (
-                isinstance(data_collator, C2CDataCollator)
-                and columns
-                and not {"input_ids", "answer_ids"} <= set(columns)
-            ):
-                raise ValueError(
-                    f"The data set has the columns {sorted(columns)}, but training takes tokenized examples; pass "
-                    "`prepare_dataset(dataset, processor)` of `c2c_hf.training.dataset`."
-                )
         if peft_config is not None:
             add_adapter(model.receiver, peft_config)
         if model.config.mode == "memory" and args.min_fused_fraction != 1.0:
@@ -128,8 +132,8 @@ class C2CTrainer(CheckpointingTrainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=_tokenized(train_dataset, args, data_collator, "`train_dataset`"),
+            eval_dataset=_tokenized(eval_dataset, args, data_collator, "`eval_dataset`"),
             processing_class=processing_class,
             **kwargs,
         )
@@ -384,10 +388,37 @@ class C2CTrainer(CheckpointingTrainer):
             output.metrics[name] = float(sums[0] / sums[1].clamp_min(1))
         return output
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate with hard gates."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate with hard gates.
+
+        Args:
+            eval_dataset: Rows or examples, or a dictionary of them. `None`: the trainer's; a text: one of those.
+            *args: See [`~transformers.Trainer.evaluate`].
+            **kwargs: See there.
+
+        Raises:
+            ValueError: The data set has unknown columns or a bad row.
+        """
         with self._not_timed():
-            return super().evaluate(*args, **kwargs)
+            eval_dataset = _tokenized(eval_dataset, self.args, self.data_collator, "`eval_dataset`")
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict with hard gates.
+
+        Args:
+            test_dataset: Rows or examples.
+            *args: See [`~transformers.Trainer.predict`].
+            **kwargs: See there.
+
+        Returns:
+            Predictions, labels and metrics as `compute_metrics` gets them.
+
+        Raises:
+            ValueError: The data set has unknown columns or a bad row.
+        """
+        test_dataset = _tokenized(test_dataset, self.args, self.data_collator, "`test_dataset`")
+        return super().predict(test_dataset, *args, **kwargs)
 
     # ------------------------------------------------------------------ logs
 

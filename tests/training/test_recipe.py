@@ -79,7 +79,7 @@ def test_fields_and_overrides(tmp_path: Path) -> None:
     model, data, arguments = parse_recipe(path, [*words, "--output_dir", str(tmp_path)])
     assert isinstance(model, ModelArguments) and model.demo_pair
     assert data.train_data == ["b.jsonl", "c.jsonl"] and data.streaming
-    assert data.chat_template_kwargs == {"enable_thinking": False}
+    assert arguments.chat_template_kwargs == {"enable_thinking": False}
     assert (arguments.learning_rate, arguments.max_steps, arguments.gate_noise) == (1e-3, 20, "none")
     assert not arguments.bf16 and arguments.weight_decay == 0.01
     for content, message in (
@@ -183,12 +183,12 @@ def test_memory_recipe_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "--min_prefix_length",
         "5",
     ]
-    _, arguments, _ = parse_recipe(recipe, words)
-    train_data, _ = arguments.load(processor, 240)
+    _, data_arguments, arguments = parse_recipe(recipe, words)
+    train_data, _ = data_arguments.load(processor, arguments)
     kinds = train_data["is_continuation"]
     assert set(kinds) == {True, False} and len(kinds) >= 8, "of five texts one is left out"
-    _, arguments, _ = parse_recipe(recipe, [*words, "--train_weights", "1", "9"])
-    kinds = arguments.load(processor, 240)[0]["is_continuation"]
+    _, data_arguments, arguments = parse_recipe(recipe, [*words, "--train_weights", "1", "9"])
+    kinds = data_arguments.load(processor, arguments)[0]["is_continuation"]
     assert sum(kinds) > 3 * (len(kinds) - sum(kinds)), "nine times as many continuations, repeated"
     assert main(["train", str(recipe), *words, "--max_steps", "2", "--logging_steps", "1"]) == 0
     assert "Saved the fuser" in capsys.readouterr().out
