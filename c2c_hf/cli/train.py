@@ -30,6 +30,7 @@ def train(
         train_data, eval_data = data_arguments.load(processor, arguments)
     adapter = model_arguments.peft_config()
     trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor, adapter)
+    trainer.dataset_names = data_arguments.hub_ids()
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

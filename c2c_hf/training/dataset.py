@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 _JSON_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a name is that of a JSON Lines file, and no Hub id."""
+    return name.endswith(_JSON_ENDINGS)
+
+
 def load_rows(
     name: str, split: str = "train", config: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
@@ -45,7 +50,7 @@ def load_rows(
     Raises:
         ValueError: The file does not exist or is no JSON Lines in UTF-8, naming the row.
     """
-    if not name.endswith(_JSON_ENDINGS):
+    if not is_file_name(name):
         return load_dataset(name, config, split=split, streaming=streaming)
     path = Path(name).expanduser()
     if not path.is_file():

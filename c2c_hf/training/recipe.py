@@ -19,7 +19,7 @@ from ..demo import from_pretrained, local_pair
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .arguments import C2CTrainingArguments, check_positive, parse_json
-from .dataset import load_rows, prepare_dataset
+from .dataset import is_file_name, load_rows, prepare_dataset
 from .passages import exclude_overlaps, rows_word_runs
 
 #: Fields of [`ModelArguments`] that are fields of the configuration.
@@ -213,6 +213,10 @@ class DataArguments:
                 f"`train_weights` must hold a number above 0 for each of the {len(self.train_data)} `train_data`, but "
                 f"got {weights}."
             )
+
+    def hub_ids(self) -> list[str]:
+        """Return which of the training data are on the Hub."""
+        return [name for name in self.train_data if not is_file_name(name)]
 
     def load(
         self, processor: C2CProcessor, arguments: C2CTrainingArguments
