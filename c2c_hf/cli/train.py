@@ -27,9 +27,10 @@ def train(
     set_seed(arguments.seed)
     model, processor = model_arguments.load()
     with arguments.main_process_first(desc="tokenizing"):
-        train_data, eval_data = data_arguments.load(processor, arguments.max_length, arguments.seed)
+        train_data, eval_data = data_arguments.load(processor, arguments)
     adapter = model_arguments.peft_config()
     trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor, adapter)
+    trainer.dataset_names = data_arguments.hub_ids()
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -19,6 +19,7 @@ from ..checkpoints.remote_code import CODE_FILES, code_files
 from ..configuration_c2c import C2CConfig
 from .licenses import GEMMA_NOTICE, base_licenses
 from .model_card import render_model_card
+from .training_run import TrainingRun
 
 #: Files of a fuser, of a processor and of the tokenizers; all others in a folder (checkpoints, logs, optimizer
 #: states) are not uploaded.
@@ -56,7 +57,7 @@ def publish_fuser(
         sharers: The same for the sharers, one or a list.
         card: The card's text. `None`: the folder's README.md, or a card that is rendered if it has none.
         license: Of the fuser, see [`~hub.licenses.fuser_license`]; this and the following four are for the rendered
-            card, see [`~hub.model_card.render_model_card`].
+            card, see [`~hub.model_card.render_model_card`], which also takes the folder's `training_run.json`.
         evaluation: A folder of `c2c evaluate`.
         training: How the fuser was trained, field by field.
         datasets: Hub ids of the training data.
@@ -88,7 +89,7 @@ def publish_fuser(
     bases = base_licenses(config, token)
     if card is None and "README.md" not in files:
         weights = load_fuser_weights(folder, {})
-        about = (repo_id, subfolder, license, evaluation, training, datasets, tags)
+        about = (repo_id, subfolder, license, evaluation, training, datasets, tags, TrainingRun.load(folder))
         card = str(render_model_card(config, weights, bases, *about))
     if card is not None:
         files["README.md"] = card.encode()
