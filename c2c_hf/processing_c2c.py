@@ -490,6 +490,40 @@ class C2CProcessor(ProcessorMixin):
         batch = self._make_batch(prompts, layout, False, add_sharer_bos, single)
         return batch if return_dict else batch["input_ids"]
 
+    def pad(
+        self,
+        encoded_inputs: Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Join outputs for single prompts into one batch.
+
+        Args:
+            encoded_inputs: Outputs with `return_tensors=None`, of one prompt each.
+            padding: As for texts.
+            max_length: The width under `padding="max_length"`.
+            pad_to_multiple_of: As for texts.
+            return_tensors: As for texts.
+
+        Returns:
+            The same outputs as for several texts.
+
+        Raises:
+            ValueError: There is no prompt, or lengths no tensor can hold.
+        """
+        names = self.model_input_names[2:5]
+        several = len(self.sharer_tokenizers) > 1
+        rows = []
+        for encoded in encoded_inputs:
+            columns = [encoded[name] if several else [encoded[name]] for name in names]
+            sharers = [SharerRow(ids, mask, np.array(aligned)) for ids, mask, aligned in zip(*columns, strict=True)]
+            rows.append(Row(encoded["input_ids"], sharers))
+        layout = BatchLayout(padding, False, max_length, pad_to_multiple_of, return_tensors)
+        layout.check_rows([row.ids for row in rows])
+        return self._pad_rows(rows, layout, single=False)
+
     def _check_contexts(self, sharer_context: str | Sequence[str] | None, count: int, name: str) -> list[str]:
         """Return one context per row of the argument `name`, `""` for none."""
         if sharer_context is None:
