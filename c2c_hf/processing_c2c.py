@@ -25,7 +25,7 @@ from .alignment.report import AlignmentReport, alignment_report
 from .alignment.spans import Segment, align_slots, align_spans
 from .alignment.special_tokens import BREAK, special_token_splitter, split_strings
 from .alignment.token_table import apply_token_table, build_token_table, own_bos_token_id, resolve_alignments
-from .checkpoints.base_models import TOKENIZER_KWARGS, load_tokenizer
+from .checkpoints.base_models import TOKENIZER_KWARGS, load_tokenizer, recorded_kwargs
 from .checkpoints.download import HUB_KWARGS, fetch_folder
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import MEMORY_GRIDS, MODES, C2CConfig, check_choice, one_per_sharer
@@ -285,6 +285,12 @@ class C2CProcessor(ProcessorMixin):
         Raises:
             ValueError: A name is neither recorded nor given, and as the constructor.
         """
+        # A model from elsewhere has revisions and files of its own.
+        receiver_kwargs, *sharer_kwargs = recorded_kwargs(config)
+        if receiver is not None:
+            receiver_kwargs = {}
+        if sharers is not None:
+            sharer_kwargs = [{}] * config.num_sharers
         receiver = config.receiver_name_or_path if receiver is None else receiver
         if sharers is None:
             sharers = [sharer.name_or_path for sharer in config.sharers if sharer.name_or_path is not None]
@@ -296,6 +302,8 @@ class C2CProcessor(ProcessorMixin):
             receiver,
             sharers,
             config.token_alignments,
+            receiver_kwargs,
+            sharer_kwargs,
             mode=config.mode,
             memory_grid=config.memory_grid,
             memory_sink_tokens=config.memory_sink_tokens,
