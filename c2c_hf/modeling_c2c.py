@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import CONFIG_NAME, can_return_tuple
+from transformers.utils import CONFIG_NAME, can_return_tuple, logging
 
 from ._compat import CACHE_ARGUMENT, accepts_argument, pop_cache
 from ._files import staged_folder
@@ -111,6 +111,8 @@ from .processing_c2c import C2CProcessor
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+logger = logging.get_logger(__name__)
 
 _SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
 #: Arguments of `forward` and `generate` beside those of every causal language model.
@@ -381,6 +383,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
+            if sharers and given.input_ids is None and labels is None and num_kept == seq_len > 1:
+                logger.warning_once(
+                    "`forward` got token ids alone and no `labels` that say where the prompt ends: the logits of all "
+                    "but the last position are the receiver's own. To score a continuation, pass `labels`."
+                )
             # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
             if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 inputs = inputs.with_positions()
