@@ -65,16 +65,18 @@ def __dir__() -> list[str]:
 
 
 def _register_auto_classes() -> None:
-    """Register configuration, model and processor with the Auto classes of transformers."""
+    """Register configuration, model and processor with the Auto classes of transformers, and the pipeline."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
     from .configuration_c2c import C2CConfig
+    from .integrations.pipeline import register_pipeline
     from .modeling_c2c import C2CForCausalLM
     from .processing_c2c import C2CProcessor
 
     AutoConfig.register(C2CConfig.model_type, C2CConfig)
     AutoModelForCausalLM.register(C2CConfig, C2CForCausalLM)
     AutoProcessor.register(C2CConfig, C2CProcessor)
+    register_pipeline()
 
 
 # Importing transformers takes seconds, for which `c2c --help` does not wait; without it there are no Auto classes.

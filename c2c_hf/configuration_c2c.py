@@ -104,6 +104,8 @@ class SharerConfig:
     Args:
         name_or_path: Hub id or folder of the model.
         revision: Commit, tag or branch. `None` for a local folder.
+        gguf_file: The file of a model in GGUF format. `None`: another format.
+        has_adapter: Whether the model came with a PEFT adapter, which is saved beside the fuser.
         config: Nested configuration of the model, or its dictionary.
         layer_shapes: Per cached layer `[num_key_value_heads, key head_dim, value head_dim]`, measured on the model
             when the fuser is built and compared when it is loaded again.
@@ -131,6 +133,8 @@ class SharerConfig:
 
     name_or_path: str | None = None
     revision: str | None = None
+    gguf_file: str | None = None
+    has_adapter: bool = False
     config: PreTrainedConfig | dict[str, Any] | None = None
     layer_shapes: list[list[int]] | None = None
     fingerprint: str | None = None
@@ -184,7 +188,14 @@ SHARER_FIELDS = (
 #: Fields without meaning in memory mode, with their defaults.
 _FUSION_ONLY = {"fuser_type": "c2c", "joint_keys_values": False, "unrotate_keys": False}
 _MEASURED_FIELDS = (
-    *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint", "sharers"),
+    *(
+        "receiver_name_or_path",
+        "receiver_revision",
+        "receiver_gguf_file",
+        "receiver_config",
+        "receiver_fingerprint",
+        "sharers",
+    ),
     *("receiver_layer_shapes", "receiver_embedding_size", "receiver_tokenizer_hash"),
 )
 
@@ -198,6 +209,7 @@ class C2CConfig(PreTrainedConfig):
     Args:
         receiver_name_or_path: Hub id or folder of the model that answers.
         receiver_revision: Commit, tag or branch of the receiver. `None` for a local folder.
+        receiver_gguf_file: The file of a receiver in GGUF format. `None`: another format.
         receiver_config: Nested configuration of the receiver, or its dictionary.
         receiver_layer_shapes: Per cached receiver layer `[num_key_value_heads, key head_dim, value head_dim]`,
             measured on the model when the fuser is built and compared when it is loaded again.
@@ -250,6 +262,7 @@ class C2CConfig(PreTrainedConfig):
 
     receiver_name_or_path: str | None = None
     receiver_revision: str | None = None
+    receiver_gguf_file: str | None = None
     receiver_config: PreTrainedConfig | dict[str, Any] | None = None
     receiver_layer_shapes: list[list[int]] | None = None
     receiver_embedding_size: int | None = None

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import CONFIG_NAME, can_return_tuple
+from transformers.utils import CONFIG_NAME, can_return_tuple, logging
 
 from ._compat import CACHE_ARGUMENT, accepts_argument, pop_cache
 from ._files import staged_folder
@@ -53,8 +53,11 @@ from .checkpoints.fuser_weights import (
 )
 from .checkpoints.receiver_adapter import (
     ADAPTER_FOLDER,
+    ADAPTER_FOLDERS,
+    SHARER_ADAPTER_FOLDER,
     has_adapter,
     load_adapter,
+    remove_adapter,
     save_adapter,
     set_adapter_mode,
     trains,
@@ -112,6 +115,11 @@ from .inference.probe import check_length, check_padding, first_position
 from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
 from .inference.sharer_cache import SharerCache, prefill_sharer
 from .processing_c2c import C2CProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.get_logger(__name__)
 
 _SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
 #: Arguments of `forward` and `generate` beside those of every causal language model.
@@ -382,6 +390,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
+            if sharers and given.input_ids is None and labels is None and num_kept == seq_len > 1:
+                logger.warning_once(
+                    "`forward` got token ids alone and no `labels` that say where the prompt ends: the logits of all "
+                    "but the last position are the receiver's own. To score a continuation, pass `labels`."
+                )
         # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
         if self.fusion_enabled and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             inputs = inputs.with_positions()
@@ -911,9 +924,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         """Build a model with an untrained fuser; in fusion mode its output equals the receiver's.
 
         Args:
-            receiver: Hub id, folder or loaded model.
+            receiver: Hub id, folder or loaded model, also PEFT's: an adapter is saved beside the fuser.
             sharers: One of these, or a list.
-            receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
+            receiver_kwargs: Arguments of the receiver's own `from_pretrained`. `gguf_file` and `quantization_config`
+                are recorded and used again.
             sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
             token_alignment: See [`SharerConfig`]; one for all, or one per sharer. `None`: `"identity"` between equal
                 vocabularies, else `"span"`.
@@ -944,18 +958,21 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             {
                 "name_or_path": name,
                 "revision": revision,
+                "gguf_file": kwargs.get("gguf_file") if isinstance(base, str | Path) else None,
                 "config": model.config,
                 "fingerprint": fingerprint(model),
                 "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
             }
-            for (model, name, revision), tokenizer in zip(loaded, tokenizers, strict=True)
+            for base, (model, name, revision), tokenizer, kwargs in zip(
+                [receiver, *bases], loaded, tokenizers, all_kwargs, strict=True
+            )
         ]
         own, *others = records
         config = C2CConfig(
             **{f"receiver_{field}": value for field, value in own.items()},
             sharers=[
-                SharerConfig(**record, token_alignment=alignment)
-                for record, alignment in zip(others, alignments, strict=True)
+                SharerConfig(**record, token_alignment=alignment, has_adapter=has_adapter(sharer))
+                for record, alignment, sharer in zip(others, alignments, models[1:], strict=True)
             ],
         )
         config.override(config_fields)
@@ -1093,6 +1110,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         check_fuser_weights(weights, model._own_state_dict())
         model.load_state_dict(weights, strict=False)
         load_adapter(model.receiver, name, hub_kwargs)
+        for index, (sharer, sharer_config) in enumerate(zip(model.sharers, config.sharers, strict=True)):
+            if sharer_config.has_adapter and isinstance(sharer, PreTrainedModel):
+                load_adapter(sharer, name, hub_kwargs, SHARER_ADAPTER_FOLDER.format(index), required=True)
         model.name_or_path = config.name_or_path or name
         model.eval()
         if output_loading_info:
@@ -1145,6 +1165,30 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         set_adapter_mode(self.receiver.eval(), mode)
         self.sharers.eval()
         return self
+
+    @property
+    def peft_config(self) -> "dict[str, PeftConfig]":
+        """The receiver's PEFT adapter, as on any model of transformers; setting it takes PEFT layers off the others.
+
+        PEFT sets it when it has put a new adapter into all modules of the target names, those of the sharers and the
+        fuser among them, as `get_peft_model(c2c_model, config)` does: the receiver alone keeps it.
+
+        Raises:
+            AttributeError: There is none.
+            ValueError: The receiver has no such module, or a sharer has an adapter of its own.
+        """
+        return self.receiver.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: "dict[str, PeftConfig]") -> None:
+        if any(has_adapter(sharer) for sharer in self.sharers if isinstance(sharer, PreTrainedModel)):
+            raise ValueError(
+                "`get_peft_model` changes the adapter that a sharer has; build the model anew, and put the receiver's "
+                "adapter into `model.receiver` by `get_peft_model`, or train it by `C2CTrainer(peft_config=...)`."
+            )
+        remove_adapter(self.sharers)
+        remove_adapter(self.fuser)
+        self.receiver.peft_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the receiver's input embeddings."""
@@ -1224,7 +1268,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         int8: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save configuration and fuser, never a base model's weight; the receiver's PEFT adapter, if it has one.
+        """Save configuration and fuser, never a base model's weight; PEFT adapters of base models, if there are any.
 
         The files are written to a staging folder first and moved to their places when all are complete, so that an
         interrupted save leaves the earlier files as they were.
@@ -1263,8 +1307,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 # What safetensors raises where the disk is full.
                 raise OSError(f"The fuser could not be written ({error}); the earlier files are unchanged.") from error
             write_code(staging, CONFIG_NAME, with_code)
-            if has_adapter(self.receiver):
-                save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+            save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+            for index, sharer in enumerate(self.sharers):
+                save_adapter(sharer, staging / SHARER_ADAPTER_FOLDER.format(index))
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", target.resolve().name)
             size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
@@ -1345,4 +1390,4 @@ def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:
 
 def _is_saved_weight(name: str) -> bool:
     """Return whether a file or folder of this name belongs to an earlier save of a fuser."""
-    return name == ADAPTER_FOLDER or re.fullmatch(r"model.*\.safetensors.*", name) is not None
+    return re.fullmatch(rf"{ADAPTER_FOLDERS}|model.*\.safetensors.*", name) is not None

@@ -1,1 +1,1 @@
-"""Classes for other libraries, each in a file that imports the library."""
+"""Classes by which other libraries' own interfaces use a C2C model."""
