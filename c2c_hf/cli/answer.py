@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from ..demo.compare import Answer
 
+_PAIR = "Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)"
+
 NoFusion = Annotated[bool, typer.Option("--no-fusion", help="Switch fusion off: the receiver by itself.")]
 
 
@@ -38,8 +40,16 @@ def demo(
         ),
     ] = None,
     max_new_tokens: NewTokens = 32,
+    web: Annotated[
+        bool, typer.Option("--web", help="Show a page in the browser, where you ask; the other options do not apply.")
+    ] = False,
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Of the page.")] = 7860,
 ) -> None:
     """Run the pair that installs from PyPI on a few questions, or on your document."""
+    if web:
+        _show_page(port)
+        return
+
     import torch
 
     if questions and (documents is None or len(documents) != 1):
@@ -49,7 +59,7 @@ def demo(
         for path in documents or []
     ]
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
-    print("Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)")
+    print(_PAIR)
     if asked:
         _answer_about(asked, max_new_tokens)
     else:
@@ -112,6 +122,19 @@ def chat(
             out = c2c.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
         answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+def _show_page(port: int) -> None:
+    # gradio asks at every start whether there is a newer one.
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from ..demo.web import build_page, launch, load_pairs
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error.name} is not installed: run `pip install "c2c_hf[demo-web]"`.') from error
+    print(_PAIR, flush=True)
+    page = build_page(*load_pairs())
+    print(f"The page is at http://127.0.0.1:{port}; Ctrl+C ends it.", flush=True)
+    launch(page, server_name="127.0.0.1", server_port=port, quiet=True)
 
 
 class _AskedDocument(NamedTuple):
