@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
-from .options import Alignment, Device, Fuser, NewTokens, Precision, Receiver, Sharers, load_model
+from .options import (
+    Alignment,
+    AsJson,
+    Device,
+    Fuser,
+    NewTokens,
+    Precision,
+    Receiver,
+    Sharers,
+    hide_loading_bars,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -46,6 +57,7 @@ def demo(
     port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Of the page.")] = 7860,
 ) -> None:
     """Run the pair that installs from PyPI on a few questions, or on your document."""
+    hide_loading_bars()
     if web:
         _show_page(port)
         return
@@ -78,6 +90,7 @@ def generate(
     no_fusion: NoFusion = False,
     context: Annotated[str | None, typer.Option(metavar="TEXT", help="Text that only the sharers see.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Take prompts as plain text, without chat template.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a saved fuser or an untrained pair."""
     c2c, processor = load_model(model, receiver, sharers, token_alignment, dtype, device)
@@ -87,8 +100,12 @@ def generate(
     with c2c.disable_fusion() if no_fusion else nullcontext():
         for prompt in prompts:
             inputs = encode_question(processor, prompt, plain, context).to(c2c.device)
-            out = c2c.generate(**inputs, max_new_tokens=max_new_tokens)
-            print(processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            out = c2c.generate(**inputs, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :]
+            answer = processor.tokenizer.decode(out, skip_special_tokens=True)
+            if as_json:
+                numbers = {"prompt_tokens": inputs["input_ids"].shape[1], "answer_tokens": len(out)}
+                answer = json.dumps({"prompt": prompt, "answer": answer, **numbers}, ensure_ascii=False)
+            print(answer, flush=True)
 
 
 def chat(

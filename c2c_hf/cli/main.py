@@ -16,7 +16,7 @@ logger = logging.getLogger("c2c_hf")
 #: Options that take several values in a row, as `--tasks A B`; typer itself takes `--tasks A --tasks B` only.
 MANY_VALUES = {"evaluate": ("--tasks", "--methods", "--data")}
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()

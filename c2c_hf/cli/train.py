@@ -1,11 +1,12 @@
 """The commands that make fusers: `c2c train` and `c2c fit`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from .options import DType, check_place
+from .options import AsJson, DType, check_place, hide_loading_bars
 
 
 def train(
@@ -62,6 +63,7 @@ def fit(
     max_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a text.")] = 512,
     dtype: Annotated[DType, typer.Option(help="Of the base models.")] = "float32",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cuda.")] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Fit a memory fuser in closed form, without training.
 
@@ -72,12 +74,15 @@ def fit(
     check_place("`--receiver`", receiver)
     check_place("`--sharer`", sharer)
 
+    from dataclasses import asdict
+
     from ..checkpoints.base_models import load_base_model
     from ..demo import local_pair
     from ..fitting.ridge import fit_ridge
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
+    hide_loading_bars()
     rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
     names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
     loaded = [
@@ -96,6 +101,11 @@ def fit(
     )
     processor = C2CProcessor.from_config(model.config, *names)
     report = fit_ridge(model, processor, rows, max_length=max_length)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    if as_json:
+        print(json.dumps({"folder": str(output), **asdict(report)}))
+        return
     keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
     print(
         f"{report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens {keys:.3f} (keys), "
@@ -105,8 +115,6 @@ def fit(
     scores = zip(report.r2_keys, report.r2_values, report.source_layers, strict=True)
     for layer_idx, (keys, values, sources) in enumerate(scores):
         print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}   {', '.join(map(str, sources))}")
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
     print(f"Saved the fuser and its processor to {output}.")
 
 

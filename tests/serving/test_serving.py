@@ -458,7 +458,7 @@ def test_the_command(tmp_path: Any) -> None:
         finally:
             process.send_signal(2)
         out, err = process.communicate(timeout=30)
-    assert not out and "Traceback" not in err
+    assert not out and not err
 
 
 def test_the_command_opens_nothing_by_accident(capsys: pytest.CaptureFixture) -> None:
