@@ -9,6 +9,7 @@ import typer
 from .options import (
     FUSER_HELP,
     Alignment,
+    AsJson,
     Device,
     Precision,
     Receiver,
@@ -89,6 +90,7 @@ def evaluate(
     chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="""For every template: '{"enable_thinking": false}'.""")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a fuser with baselines and controls on benchmarks.
 
@@ -136,6 +138,9 @@ def evaluate(
         baselines=baselines,
     )
     if not PartialState().is_main_process:
+        return
+    if as_json:
+        print(json.dumps({**metrics, "report": str(folder / "report.md")}, ensure_ascii=False))
         return
     for line in headline(metrics["reading"]):
         print(line.replace("**", ""))

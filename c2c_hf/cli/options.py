@@ -1,5 +1,6 @@
 """Options that several commands share, and loading what they name."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -25,6 +26,15 @@ Alignment: TypeAlias = Annotated[TokenAlignment | None, typer.Option(help="For a
 Precision: TypeAlias = Annotated[DType, typer.Option("--dtype", help="Of the base models.")]
 Device: TypeAlias = Annotated[str, typer.Option(metavar="DEVICE", help="Such as cuda or cuda:1.")]
 NewTokens: TypeAlias = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum length of an answer.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def hide_loading_bars() -> None:
+    """Leave out transformers' bars of loading weights where nobody watches: standard error is no terminal."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def check_place(option: str, name: str | None) -> None:
@@ -85,6 +95,7 @@ def load_model(
 
     # Each of several processes gets a CUDA device of its own as its current one.
     PartialState()
+    hide_loading_bars()
     if fuser is not None:
         model, processor = from_pretrained(fuser, receiver, sharers or None, dtype=dtype)
     else:

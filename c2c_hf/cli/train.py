@@ -1,11 +1,12 @@
 """The commands that make fusers: `c2c train` and `c2c fit`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import DType, check_place
+from .options import AsJson, DType, check_place, hide_loading_bars
 
 
 def train(
@@ -83,6 +84,7 @@ def fit(
     ] = False,
     dtype: Annotated[DType, typer.Option(help="Of the base models.")] = "float32",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cuda.")] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Fit a memory fuser in closed form, without training; or the layer mapping of a fuser to train.
 
@@ -93,16 +95,19 @@ def fit(
     check_place("`--receiver`", receiver)
     check_place("`--sharer`", sharer)
 
+    from dataclasses import asdict
+
     from accelerate import PartialState
 
     from ..checkpoints.base_models import load_base_model
     from ..demo import local_pair
-    from ..fitting.layer_mapping import fit_layer_mapping
-    from ..fitting.ridge import fit_ridge
+    from ..fitting.layer_mapping import LayerMappingReport, fit_layer_mapping
+    from ..fitting.ridge import RidgeReport, fit_ridge
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
     processes = PartialState()
+    hide_loading_bars()
     rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
     names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
     loaded = [
@@ -132,19 +137,19 @@ def fit(
         }
     model = C2CForCausalLM.from_receiver_and_sharers(*loaded, **fields)
     processor = C2CProcessor.from_config(model.config, *names)
+    report: LayerMappingReport | RidgeReport
     if mode == "fusion":
-        mapping = fit_layer_mapping(model, processor, rows, max_length=max_length)
-        if not processes.is_main_process:
-            return
-        print(f"{mapping.num_tokens} tokens, a quarter of them held out")
-        print("layer  R2     from the sharer's layers")
-        for layer_idx, (row, sources) in enumerate(zip(mapping.scores, mapping.source_layers, strict=True)):
-            best = max(row[source] for source in sources)
-            print(f"{layer_idx:5}  {best:5.3f}  {', '.join(map(str, sources))}")
+        report = fit_layer_mapping(model, processor, rows, max_length=max_length)
     else:
         report = fit_ridge(model, processor, rows, max_length=max_length)
-        if not processes.is_main_process:
-            return
+    if not processes.is_main_process:
+        return
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    if as_json:
+        print(json.dumps({"folder": str(output), **asdict(report)}))
+        return
+    if isinstance(report, RidgeReport):
         keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
         print(
             f"{report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens {keys:.3f} (keys), "
@@ -154,8 +159,12 @@ def fit(
         scores = zip(report.r2_keys, report.r2_values, report.source_layers, strict=True)
         for layer_idx, (keys, values, sources) in enumerate(scores):
             print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}   {', '.join(map(str, sources))}")
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    else:
+        print(f"{report.num_tokens} tokens, a quarter of them held out")
+        print("layer  R2     from the sharer's layers")
+        for layer_idx, (row, sources) in enumerate(zip(report.scores, report.source_layers, strict=True)):
+            best = max(row[source] for source in sources)
+            print(f"{layer_idx:5}  {best:5.3f}  {', '.join(map(str, sources))}")
     print(f"Saved the fuser and its processor to {output}.")
 
 

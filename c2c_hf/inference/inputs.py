@@ -386,6 +386,23 @@ def cache_per_sharer(caches: GivenCaches | None, num_sharers: int) -> list[Share
     return values
 
 
+def rescale_alignment(alignment: torch.Tensor, mask: torch.Tensor, other_mask: torch.Tensor) -> torch.Tensor:
+    """Stretch an alignment to another text of the sharer, as the mismatched-sharer control needs it.
+
+    Args:
+        alignment: `(batch_size, seq_len)`, sharer positions or -1.
+        mask: `(batch_size, sharer_len)`, the attention mask of the sharer's text, padded left.
+        other_mask: `(batch_size, other_len)`, that of the other text, likewise.
+
+    Returns:
+        `(batch_size, seq_len)`, positions of the other text or -1.
+    """
+    start, other_start = (m.shape[1] - m.sum(1, keepdim=True) for m in (mask, other_mask))
+    scale = (other_mask.sum(1, keepdim=True) - 1) / (mask.sum(1, keepdim=True) - 1).clamp_min(1)
+    scaled = other_start + ((alignment - start) * scale).round().long()
+    return torch.where(alignment < 0, -1, scaled)
+
+
 def attach_caches(config: C2CConfig, sharers: list[SharerInputs], caches: GivenCaches | None) -> list[SharerInputs]:
     """Attach caches that were computed elsewhere, so that these sharers do not run.
 

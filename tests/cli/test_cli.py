@@ -76,11 +76,26 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture) -> None:
             groups[list(groups)[-1]].append(command[1])
     assert groups == {
         "Options": [],
-        "Answer": ["demo", "generate", "chat"],
+        "Answer": ["demo", "generate", "chat", "serve"],
         "Train": ["train", "fit"],
         "Evaluate": ["evaluate", "lm-eval", "analyze"],
         "Share": ["convert", "inspect", "push"],
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"), [("c2c ser", ["serve"]), ("c2c inspect --rev", ["--revision"]), ("c2c nothing", [])]
+)
+def test_shell_completion(words: str, completed: list[str], tmp_path: Path) -> None:
+    """As bash asks for it; quick, since it waits for every key."""
+    script = tmp_path / "c2c"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(c2c_hf.__file__).parent.parent)}
+    environment |= {"_C2C_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    start = cpu_seconds()
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.split() == completed
+    assert cpu_seconds() - start < 1.0
 
 
 def test_options_with_many_values() -> None:
@@ -98,6 +113,10 @@ def test_generate(folders: tuple[str, str, str], capsys: pytest.CaptureFixture) 
     words = ["generate", "--model", fuser, "--no-fusion", "--max-new-tokens", "4", "Where do rivers end?", "Why?"]
     assert main(words) == 0
     assert capsys.readouterr().out == fused, "the gates of an untrained fuser are closed"
+    assert main([*words, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == words[-2:] and {row["answer_tokens"] for row in rows} == {4}
+    assert "".join(f"{row['answer']}\n" for row in rows) == fused
     untrained = ["generate", "--receiver", receiver, "--sharer", sharer, "--max-new-tokens", "4", "--plain"]
     assert main([*untrained, "--context", "A note.", "Rivers end in"]) == 0
     assert "untrained, its gates are closed" in capsys.readouterr().err
@@ -297,6 +316,9 @@ def test_shipped_fusers_are_inspected_by_name(name: str, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert re.search(r"^receiver +HuggingFaceTB/SmolLM2-135M-Instruct", printed, flags=re.MULTILINE)
     assert re.search(r"^sharer 0 +google/gemma-3-270m", printed, flags=re.MULTILINE)
+    assert main(["inspect", name, "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert [f"{label:<16} {text}" for label, text in described.items()] == printed.splitlines()
 
 
 @pytest.mark.real_pair

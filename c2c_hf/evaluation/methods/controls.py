@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from ...inference.inputs import rescale_alignment
 from ...inference.sharer_cache import SharerCache
 from ...modeling_c2c import C2CForCausalLM
 from .answerer import PromptBatch
@@ -112,15 +113,10 @@ class MismatchedSharer(Control):
         """
         if mismatched is None:
             raise ValueError("`mismatched` must hold another question for each row, but got None.")
-        alignments = []
-        for alignment, mask, other_mask in zip(
-            batch.sharer_alignment, batch.sharer_attention_mask, mismatched.sharer_attention_mask, strict=True
-        ):
-            # Padding is on the left.
-            start, other_start = (m.shape[1] - m.sum(1, keepdim=True) for m in (mask, other_mask))
-            scale = (other_mask.sum(1, keepdim=True) - 1) / (mask.sum(1, keepdim=True) - 1).clamp_min(1)
-            scaled = other_start + ((alignment - start) * scale).round().long()
-            alignments.append(torch.where(alignment < 0, -1, scaled))
+        masks = zip(batch.sharer_attention_mask, mismatched.sharer_attention_mask, strict=True)
+        alignments = [
+            rescale_alignment(alignment, *both) for alignment, both in zip(batch.sharer_alignment, masks, strict=True)
+        ]
         return replace(
             batch,
             sharer_input_ids=mismatched.sharer_input_ids,
