@@ -152,6 +152,11 @@ class ContextPrompts:
             processor = C2CProcessor.from_config(model.config, receiver, sharer_tokenizer)
         return cls(model, processor, contexts, slots)
 
+    @property
+    def receiver(self) -> str:
+        """Folder or Hub id of the receiver, which the engine must run."""
+        return self._model.receiver.name_or_path
+
     def encode(
         self,
         prompt: str | Sequence[Message],
