@@ -189,9 +189,11 @@ class ContextPrompts:
         sharer = context.source.fingerprint or self._model.config.sharers[0].fingerprint or ""
         source = SlotSource(sharer, context.hash, self._fuser_hash, self._receiver, dtype)
         key = slot_key(source, ids[:length])
-        with self._lock:
-            if key not in self._slots:
-                self._slots.save(self._prepare(inputs, length, path, source))
+        if key not in self._slots:
+            with self._lock:
+                # Another thread may have prepared them in the meantime.
+                if key not in self._slots:
+                    self._slots.save(self._prepare(inputs, length, path, source))
         return ContextPrompt(ids.tolist(), {"c2c_slots": key})
 
     def _find(self, context_id: str | None, context_path: str | None) -> Path:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -84,8 +85,10 @@ class SlotStore:
 
     def __contains__(self, key: str) -> bool:
         """Say whether slots are there; they then count as used."""
+        path = self._path(key)
         try:
-            os.utime(self._path(key))
+            # The time of the last use; that of the last change is left as it is.
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         except FileNotFoundError:
             return False
         return True
@@ -149,7 +152,7 @@ class SlotStore:
     def _verify(self, key: str) -> None:
         """Compare a file's content with its hash, once per process."""
         stat = self._path(key).stat()
-        seen = (stat.st_size, stat.st_ino)
+        seen = (stat.st_size, stat.st_mtime_ns)
         if self._verified.get(key) == seen:
             return
         with _opened(self._path(key)) as file:
@@ -189,7 +192,7 @@ class SlotStore:
             except FileNotFoundError:
                 # Another process has just removed it.
                 continue
-            files.append((stat.st_mtime_ns, stat.st_size, path))
+            files.append((stat.st_atime_ns, stat.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self._max_bytes:

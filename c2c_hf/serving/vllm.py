@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from fastapi import HTTPException
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorMetadata,
-    KVConnectorRole,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -28,6 +24,7 @@ from .slot_store import SlotStore
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,6 +37,13 @@ logger = logging.getLogger("vllm.c2c_hf")
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+#: By which a request names a context.
+_CONTEXT_FIELDS = ("context_id", "context_path")
+#: Where requests with a context come.
+_PATHS = ("/v1/chat/completions", "/v1/completions")
+#: Fields of a chat that its template gets.
+_TEMPLATE_FIELDS = ("add_generation_prompt", "continue_final_message", "documents", "tools")
 
 
 @dataclass
@@ -94,7 +98,7 @@ class C2CConnector(KVConnectorBase_V1):
         ValueError: The engine has something that is not supported; named by the message.
     """
 
-    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
+    def __init__(self, vllm_config: "VllmConfig", role: "KVConnectorRole", kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         _check_engine(vllm_config, kv_cache_config)
         self._slots = _slot_store(self._kv_transfer_config.kv_connector_extra_config)
@@ -110,12 +114,14 @@ class C2CConnector(KVConnectorBase_V1):
 
     def on_new_request(self, request: "Request") -> None:
         """Find the slots that a request names, and give its blocks hashes of their own."""
-        key = (request.kv_transfer_params or {}).get("c2c_slots")
-        if key is None:
+        params = request.kv_transfer_params or {}
+        if not params.keys() & {"c2c_slots", *_CONTEXT_FIELDS}:
             return
-        known = _Request(str(key), 0)
+        known = _Request(str(params.get("c2c_slots")), 0)
         ids = request.prompt_token_ids or []
         try:
+            if "c2c_slots" not in params:
+                raise ValueError("a request that names a context must come through C2CMiddleware or ContextPrompts")
             expected = self._slots.input_ids(known.key)
             known.length = len(expected)
             if ids[: known.length] != expected or len(ids) <= known.length:
@@ -283,10 +289,10 @@ class C2CMiddleware:
             # The server says what is wrong with it.
             return body
         params = request.get("kv_transfer_params") if isinstance(request, dict) else None
-        if not isinstance(params, dict) or not params.keys() & {"context_id", "context_path"}:
+        if not isinstance(params, dict) or not params.keys() & set(_CONTEXT_FIELDS):
             return body
         prompts = self._load_prompts(vllm_config)
-        name = {field: str(params[field]) for field in ("context_id", "context_path") if field in params}
+        name = {field: str(params[field]) for field in _CONTEXT_FIELDS if field in params}
         try:
             if "messages" in request:
                 template_kwargs = dict(request.get("chat_template_kwargs") or {})
@@ -329,12 +335,6 @@ class C2CMiddleware:
                 except (ValueError, OSError) as error:
                     raise HTTPException(500, str(error)) from error
             return self._prompts
-
-
-#: Where requests with a context come.
-_PATHS = ("/v1/chat/completions", "/v1/completions")
-#: Fields of a chat that its template gets.
-_TEMPLATE_FIELDS = ("add_generation_prompt", "continue_final_message", "documents", "tools")
 
 
 def _slot_store(extra_config: dict[str, Any]) -> SlotStore:

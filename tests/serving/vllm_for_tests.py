@@ -58,7 +58,6 @@ MODULES = {
     "vllm.distributed.kv_transfer.kv_connector.v1.base": {
         "KVConnectorBase_V1": Connector,
         "KVConnectorMetadata": type("KVConnectorMetadata", (), {}),
-        "KVConnectorRole": SimpleNamespace(SCHEDULER=0, WORKER=1),
     },
     "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: Rank.now},
     "vllm.model_executor.models.utils": {
