@@ -10,7 +10,7 @@ from conftest import randomize_fuser, tiny_model
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
-from c2c_hf.serving import create_app
+from c2c_hf.serving.app import create_app
 
 NAME = "tiny"
 

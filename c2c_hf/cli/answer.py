@@ -21,6 +21,7 @@ from .options import (
     Precision,
     Receiver,
     Sharers,
+    document_text,
     hide_loading_bars,
     load_model,
 )
@@ -67,7 +68,9 @@ def demo(
     if questions and (documents is None or len(documents) != 1):
         raise ValueError("give one `--document` with `--question`.")
     asked = [
-        _AskedDocument(path, _document_text(path), [(q, []) for q in questions or ()] or _known_questions(path))
+        _AskedDocument(
+            path, document_text("`--document`", path), [(q, []) for q in questions or ()] or _known_questions(path)
+        )
         for path in documents or []
     ]
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
@@ -176,16 +179,6 @@ def _known_questions(document: Path) -> list[tuple[str, list[str]]]:
                 f"Row {number} of {path.name} must hold `question` and `answers`, but {line!r:.60} does not."
             ) from error
     return questions
-
-
-def _document_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`--document`: {str(path)!r} is not UTF-8 text ({error}).") from error
-    if not text.strip():
-        raise ValueError(f"`--document`: {str(path)!r} is empty.")
-    return text
 
 
 def _answer_questions(count: int, max_new_tokens: int) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from . import answer, evaluate, serve, share, train
+from . import answer, evaluate, prefill, serve, share, train
 
 logger = logging.getLogger("c2c_hf")
 
@@ -37,6 +37,7 @@ app.command(rich_help_panel="Answer")(answer.demo)
 app.command(rich_help_panel="Answer")(answer.generate)
 app.command(rich_help_panel="Answer")(answer.chat)
 app.command(rich_help_panel="Answer")(serve.serve)
+app.command(rich_help_panel="Answer")(prefill.prefill)
 app.command(rich_help_panel="Train", context_settings=_PASS_ON)(train.train)
 app.command(rich_help_panel="Train")(train.fit)
 app.command(rich_help_panel="Evaluate")(evaluate.evaluate)

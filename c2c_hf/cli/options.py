@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
@@ -58,6 +60,38 @@ def check_place(option: str, name: str | None) -> None:
         raise ValueError(f"{option}: the folder {name!r} does not exist.") from None
 
 
+def document_text(option: str, path: Path) -> str:
+    """Return the text of a document.
+
+    Args:
+        option: Names it in the error.
+        path: Of a UTF-8 file.
+
+    Raises:
+        ValueError: It is empty or no text.
+        OSError: There is no such file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {str(path)!r} is not UTF-8 text ({error}).") from error
+    if not text.strip():
+        raise ValueError(f"{option}: {str(path)!r} is empty.")
+    return text
+
+
+def move_to_device(model: "PreTrainedModel", device: str) -> None:
+    """Move a model to the device of `--device`.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device {device}` cannot be used: {error}") from error
+
+
 def load_model(
     fuser: str | None,
     receiver: str | None,
@@ -100,10 +134,7 @@ def load_model(
         model, processor = from_pretrained(fuser, receiver, sharers or None, dtype=dtype)
     else:
         model, processor = _untrained_pair(receiver, sharers, token_alignment, {"dtype": dtype})
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`--device {device}` cannot be used: {error}") from error
+    move_to_device(model, device)
     return model, processor
 
 

@@ -29,6 +29,7 @@ class SharerCache:
         attention_mask: `(batch_size, seq_len)`, 0 at padding and at tokens that the sharer does not see.
         cache: Its full-length cache.
         source: Which sharer computed it, where it comes from elsewhere.
+        text: The text of a single row, for a receiver that tokenizes it, too. `None`: not kept.
 
     Example:
         ```python
@@ -45,6 +46,7 @@ class SharerCache:
     attention_mask: torch.Tensor
     cache: Cache
     source: SharerSource | None = None
+    text: str | None = None
 
     @classmethod
     def prefill(
@@ -54,6 +56,7 @@ class SharerCache:
         attention_mask: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
+        text: str | None = None,
     ) -> "SharerCache":
         """Prefill a sharer for a receiver elsewhere.
 
@@ -65,16 +68,18 @@ class SharerCache:
             tokenizer: The sharer's, whose vocabulary is then compared, too. `None`: not compared.
             revision: The commit from which the model was loaded, to be compared as well. `None`: the model's own
                 record.
+            text: The text of the tokens, to be kept beside them.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sharer_cache = prefill_sharer(model, input_ids, attention_mask)
         vocabulary = None if tokenizer is None else tokenizer_hash(tokenizer)
         revision = revision or getattr(model.config, "_commit_hash", None)
         sharer_cache.source = SharerSource(fingerprint(model), revision, vocabulary)
+        sharer_cache.text = text
         return sharer_cache
 
     def to_safetensors(self, path: str | Path | None = None, int8: bool = False) -> bytes:
-        """Encode tokens, states and source as safetensors, as a message or a file.
+        """Encode tokens, states, source and text as safetensors, as a message or a file.
 
         Args:
             path: Of a file to write as well, whole or not at all. `None`: none.
@@ -100,6 +105,7 @@ class SharerCache:
             "dtype": str(layers[0][0].dtype).removeprefix("torch."),
             "text_hash": text_hash(self.input_ids, self.attention_mask),
             **{field: value for field, value in source._asdict().items() if value is not None},
+            **({} if self.text is None else {"text": self.text}),
         }
         data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
         if path is not None:
@@ -138,7 +144,7 @@ class SharerCache:
         if text_hash(ids, mask) != metadata.get("text_hash"):
             raise ValueError("`data` says that its states belong to another text; send or save it anew.")
         source = SharerSource(*(metadata.get(field) for field in SharerSource._fields))
-        return cls.from_layers(ids, mask, layers, source)
+        return replace(cls.from_layers(ids, mask, layers, source), text=metadata.get("text"))
 
     @classmethod
     def from_layers(

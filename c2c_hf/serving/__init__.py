@@ -1,5 +1,1 @@
-"""An OpenAI-compatible server for one model, of the extra `[serve]`."""
-
-from .app import create_app
-
-__all__ = ["create_app"]
+"""Servers and engines that answer with a fuser: an OpenAI-compatible server, and a connector of vLLM."""

@@ -76,7 +76,7 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture) -> None:
             groups[list(groups)[-1]].append(command[1])
     assert groups == {
         "Options": [],
-        "Answer": ["demo", "generate", "chat", "serve"],
+        "Answer": ["demo", "generate", "chat", "serve", "prefill"],
         "Train": ["train", "fit"],
         "Evaluate": ["evaluate", "lm-eval", "analyze"],
         "Share": ["convert", "inspect", "push"],

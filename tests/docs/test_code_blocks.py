@@ -160,7 +160,7 @@ def test_commands_exist(command: str, capsys: pytest.CaptureFixture, monkeypatch
         assert named <= set(extras["options.extras_require"])
         return
     else:
-        assert words[0] in ("curl", "echo", "mkdocs") or words[:3] == ["python", "-m", "pytest"], command
+        assert words[0] in ("curl", "echo", "mkdocs", "vllm") or words[:3] == ["python", "-m", "pytest"], command
         return
     for word in words:
         if word.startswith("--"):
@@ -265,7 +265,7 @@ def serve_the_demo() -> str:
     import uvicorn
 
     from c2c_hf.demo import from_pretrained
-    from c2c_hf.serving import create_app
+    from c2c_hf.serving.app import create_app
 
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(*from_pretrained("general"), "general"), log_level="warning"))
