@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import DType, check_place
+from .options import DType, check_place, load_texts
 
 
 def train(
@@ -78,7 +78,7 @@ def fit(
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
-    rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
+    rows = [text for name in texts for text in load_texts(name, column, max_texts, unique=False)]
     names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
     loaded = [
         load_base_model(name, role, {"dtype": dtype})[0].to(device)
@@ -108,16 +108,3 @@ def fit(
     model.save_pretrained(output)
     processor.save_pretrained(output)
     print(f"Saved the fuser and its processor to {output}.")
-
-
-def _load_texts(name: str, column: str, max_texts: int | None) -> list[str]:
-    from ..training.dataset import load_rows
-
-    rows = load_rows(name)
-    if column not in (rows.column_names or []):
-        raise ValueError(f"{name} has the columns {sorted(rows.column_names or [])}; name one with `--column`.")
-    texts = [row[column] for row in (rows if max_texts is None else rows.take(max_texts))]
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise ValueError(f"Row {number} of {name}: {column!r} must be a text, but got {text!r:.60}.")
-    return texts

@@ -35,11 +35,13 @@ class AlignedStates:
         sharer: The sharer's entries.
         receiver: The receiver's entries.
         embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`.
+        token_ids: The receiver's tokens, `(num_tokens,)`.
     """
 
     sharer: Entries
     receiver: Entries
     embeddings: torch.Tensor
+    token_ids: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -51,6 +53,7 @@ class AlignedStates:
             [torch.cat(entry) for entry in zip(*(part.sharer for part in parts), strict=True)],
             [torch.cat(entry) for entry in zip(*(part.receiver for part in parts), strict=True)],
             torch.cat([part.embeddings for part in parts]),
+            torch.cat([part.token_ids for part in parts]),
         )
 
 
@@ -213,6 +216,7 @@ def aligned_states(
         [state.to(device) for state in sharer],
         [state.to(device) for state in receiver],
         embedding(tokens).to(device),
+        tokens,
     )
 
 

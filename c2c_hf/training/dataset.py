@@ -28,7 +28,8 @@ from .tokenization import FITS_COLUMN, QUESTION_TEMPLATE, RowTokenizer, check_co
 
 logger = logging.getLogger(__name__)
 
-_JSON_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+#: Of files, where any other name is one of the Hub's.
+JSON_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
 def load_rows(
@@ -45,7 +46,7 @@ def load_rows(
     Raises:
         ValueError: The file does not exist or is no JSON Lines in UTF-8, naming the row.
     """
-    if not name.endswith(_JSON_ENDINGS):
+    if not name.endswith(JSON_ENDINGS):
         return load_dataset(name, config, split=split, streaming=streaming)
     path = Path(name).expanduser()
     if not path.is_file():

@@ -1,7 +1,13 @@
 """The alignment report."""
 
 import pytest
-from tokenizers_for_tests import TEXT, byte_level_tokenizer
+from tokenizers_for_tests import (
+    TEXT,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+    unigram_tokenizer,
+    wordpiece_tokenizer,
+)
 
 from c2c_hf.alignment.report import alignment_report
 
@@ -20,3 +26,40 @@ def test_report_of_a_perfect_and_of_a_lossy_alignment() -> None:
     longest = alignment_report(byte_level_tokenizer(400), byte_level_tokenizer(280), TEXT, "longest")
     assert 0 < longest.characters_lost <= lossy.characters_lost < 1
     assert lossy.bleu < 100 and lossy.chrf < 100
+
+
+KINDS = {
+    "byte-level": byte_level_tokenizer,
+    "byte fallback": metaspace_tokenizer,
+    "WordPiece": wordpiece_tokenizer,
+    "Unigram": unigram_tokenizer,
+}
+
+
+@pytest.mark.parametrize("sharer", KINDS)
+@pytest.mark.parametrize("receiver", KINDS)
+def test_every_kind_of_tokenizer(receiver: str, sharer: str) -> None:
+    """Only what a vocabulary lacks fails: words align, and so does what falls back to bytes."""
+    pytest.importorskip("sacrebleu")
+    for alignment in ("span", "first", "longest"):
+        words = alignment_report(KINDS[receiver](), KINDS[sharer](), TEXT[:1], alignment)
+        assert (words.aligned, words.failures) == (1, [])
+        # WordPiece loses upper case, and the others' spaces.
+        assert words.characters_lost < 0.45
+        assert 0 < words.one_to_one <= 1
+    words = alignment_report(KINDS[receiver](), KINDS[sharer](), TEXT[3:], "span")
+    knows_all = sharer in ("byte-level", "byte fallback")
+    assert {failure.reason for failure in words.failures} <= (set() if knows_all else {"unknown token"})
+    if not knows_all:
+        assert any("北" in failure.context for failure in words.failures)
+
+
+def test_failures_are_listed_with_their_text() -> None:
+    pytest.importorskip("sacrebleu")
+    text = "the keeper said 🎉 hello"
+    report = alignment_report(wordpiece_tokenizer(), wordpiece_tokenizer(), [text], "span")
+    (failure,) = report.failures
+    assert (failure.token.strip(), failure.reason) == ("[UNK]", "unknown token")
+    assert failure.context == text
+    table = alignment_report(byte_level_tokenizer(), wordpiece_tokenizer(), ["é"], "first")
+    assert [failure.reason for failure in table.failures] == ["no counterpart"] * 2, "two halves of a character"
