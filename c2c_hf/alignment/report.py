@@ -80,7 +80,7 @@ def alignment_report(
     try:
         import sacrebleu
     except ImportError as error:
-        raise ImportError("`alignment_report` needs sacrebleu: pip install 'c2c-hf[eval]'.") from error
+        raise ImportError("`alignment_report` needs sacrebleu: pip install 'c2c-hf[analysis]'.") from error
     check_choice("token_alignment", token_alignment, TOKEN_ALIGNMENTS)
     if token_alignment in ("first", "longest") and table is None:
         table = build_token_table(receiver_tokenizer, sharer_tokenizer, token_alignment)

@@ -241,15 +241,16 @@ def slot_attention(model: C2CForCausalLM, processor: C2CProcessor, text: str) ->
     alignments = inputs["sharer_alignment"]
     alignments = alignments if isinstance(alignments, list) else [alignments]
     slots = torch.stack([alignment[0] >= 0 for alignment in alignments]).any(0)
+    num_queries = len(slots) - int(slots.nonzero().max()) - 1
     implementation = model.receiver.config._attn_implementation
     model.receiver.set_attn_implementation("eager")
     try:
-        attentions = _mean_attention(model(**inputs, output_attentions=True).attentions)
+        outputs = model(**inputs, output_attentions=True, logits_to_keep=1)
+        attentions = _mean_attention(outputs.attentions, num_queries)
         prefilled = None
         if processor.memory_grid == "receiver":
-            with model.disable_fusion():
-                own = model.receiver(input_ids=inputs["input_ids"], output_attentions=True).attentions
-            prefilled = _mean_attention(own, len(slots) - int(slots.nonzero().max()) - 1)[:, slots].sum(1).tolist()
+            own = model.receiver(input_ids=inputs["input_ids"], output_attentions=True).attentions
+            prefilled = _mean_attention(own, num_queries)[:, slots].sum(1).tolist()
     finally:
         model.receiver.set_attn_implementation(implementation)
     before = torch.arange(len(slots)).to(slots.device) < int(slots.int().argmax())
@@ -264,7 +265,6 @@ def slot_attention(model: C2CForCausalLM, processor: C2CProcessor, text: str) ->
     )
 
 
-def _mean_attention(attentions: Sequence[torch.Tensor], num_queries: int | None = None) -> torch.Tensor:
+def _mean_attention(attentions: Sequence[torch.Tensor], num_queries: int) -> torch.Tensor:
     """Return `(num_layers, seq_len)`, the mean over heads and over the last `num_queries` tokens."""
-    kept = slice(None) if num_queries is None else slice(-num_queries, None)
-    return torch.stack([layer[0, :, kept].float().mean((0, 1)) for layer in attentions])
+    return torch.stack([layer[0, :, -num_queries:].float().mean((0, 1)) for layer in attentions])

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from analysis_for_tests import need_the_extra, pair
+from evaluation_for_tests import pair
 from tokenizers_for_tests import TEXT
 
 from c2c_hf import C2CForCausalLM
 from c2c_hf.analysis.measures import effective_rank, linear_cka
 from c2c_hf.analysis.states import collect_states
 
-need_the_extra()
+for extra in ("sklearn", "matplotlib"):
+    pytest.importorskip(extra, reason="the analysis needs the extra `[analysis]`")
 
 TEXTS = ["hello ships", *TEXT[:3]]
 FIGURES = {
@@ -80,7 +81,7 @@ def test_numbers(page: tuple[str, dict, Path]) -> None:
 def test_several_sharers_have_figures_of_their_own(tmp_path: Path) -> None:
     from c2c_hf.analysis.fuser_report import analyze_fuser
 
-    model, processor = pair(sharers=("gemma3", "llama"))
+    model, processor = pair(sharers=2)
     report = analyze_fuser(model, processor, TEXT[:1], tmp_path)
     assert len(report["sharers"]) == 2
     assert {path.name for path in tmp_path.glob("*gates.png")} == {"sharer_0_gates.png", "sharer_1_gates.png"}

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from analysis_for_tests import need_the_extra, pair
+from evaluation_for_tests import pair
 from fitting_for_tests import texts
 
-need_the_extra()
+for extra in ("sklearn", "matplotlib"):
+    pytest.importorskip(extra, reason="the analysis needs the extra `[analysis]`")
 
 
 @pytest.fixture(scope="module", params=["fusion", "memory"])

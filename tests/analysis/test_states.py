@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from analysis_for_tests import need_the_extra, pair
 from conftest import close_gates
+from evaluation_for_tests import pair
 from fitting_for_tests import memory_pair
 from tokenizers_for_tests import TEXT
 
@@ -11,7 +11,8 @@ from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.analysis.states import QUESTION, collect_states, slot_attention
 from c2c_hf.inference.prefill import cached_states, full_length_cache
 
-need_the_extra()
+for extra in ("sklearn", "matplotlib"):
+    pytest.importorskip(extra, reason="the analysis needs the extra `[analysis]`")
 
 
 def cached(model, inputs) -> list[torch.Tensor]:
@@ -23,17 +24,17 @@ def cached(model, inputs) -> list[torch.Tensor]:
     return [states[0].transpose(0, 1).flatten(1) for kind in zip(*layers, strict=True) for states in kind]
 
 
-@pytest.mark.parametrize("sharers", [("gemma3",), ("gemma3", "llama")], ids=len)
-def test_fused_states_are_those_in_the_cache(sharers: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("sharers", [1, 2])
+def test_fused_states_are_those_in_the_cache(sharers: int) -> None:
     model, processor = pair(sharers=sharers)
     collected = collect_states(model, processor, TEXT[:2])
-    assert len(collected) == len(sharers)
+    assert len(collected) == sharers
     inputs = processor(TEXT[0])
     fused = cached(model, inputs)
     with model.disable_fusion():
         own = cached(model, inputs)
     alignments = inputs["sharer_alignment"]
-    columns = ((alignments[0] if len(sharers) > 1 else alignments)[0] >= 0).nonzero().flatten()
+    columns = ((alignments[0] if sharers > 1 else alignments)[0] >= 0).nonzero().flatten()
     for states in collected:
         assert sum(states.lengths) == len(states.token_ids) and states.texts == TEXT[:2]
         assert states.lengths[0] == len(columns)
@@ -51,7 +52,7 @@ def test_fused_states_are_those_in_the_cache(sharers: tuple[str, ...]) -> None:
 
 def test_the_change_is_the_weighted_projection() -> None:
     """With one head per layer its weight is the mean over heads."""
-    model, processor = pair("qwen3")
+    model, processor = pair(receiver="qwen3")
     (states,) = collect_states(model, processor, TEXT[:1])
     closed = 0
     for entry, projected in enumerate(states.projected):
@@ -111,7 +112,7 @@ def test_slot_attention(grid: str) -> None:
         assert len(attention.tokens) == num_slots and "".join(attention.tokens).strip() in TEXT[0]
 
 
-def test_attention_to_slots_that_hold_the_receivers_own_states_is_its_own() -> None:
+def test_attention_to_slots_with_the_receivers_own_states() -> None:
     """A fuser of a model onto itself whose map is the identity."""
     model, processor = memory_pair(same=True, memory_token_embeddings=False)
     with torch.no_grad():
@@ -120,4 +121,5 @@ def test_attention_to_slots_that_hold_the_receivers_own_states_is_its_own() -> N
             memory_map.out_proj.weight.copy_(torch.eye(*memory_map.out_proj.weight.shape))
             memory_map.out_proj.bias.zero_()
     attention = slot_attention(model, processor, TEXT[0])
-    assert attention.slots == pytest.approx(attention.prefilled, abs=0.05)
+    # Further layers differ, since the sharer prefills the context without the head of the receiver's chat.
+    assert attention.slots[0] == pytest.approx(attention.prefilled[0], abs=1e-5)

@@ -117,6 +117,8 @@ def test_python_blocks_run(name: str, client: HubClient, folder: Path) -> None:
     """All blocks of a page, one after the other, in one namespace."""
     if "evaluation" in name:
         pytest.importorskip("lm_eval", reason=NEEDS)
+    if "analysis" in name:
+        pytest.importorskip("sklearn", reason="the analysis needs the extra `[analysis]`")
     blocks = [block for block in code_blocks(PAGES[name]) if block.language == "python"]
     for old, new in SHORTER.items():
         blocks = [block._replace(code=block.code.replace(old, new)) for block in blocks]

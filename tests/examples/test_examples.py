@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_tiny_model
-from evaluation_for_tests import NEEDS, data_dir  # noqa: F401
+from evaluation_for_tests import NEEDS, choice_rows, data_dir, save_fuser, write_rows  # noqa: F401
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -56,6 +56,20 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "document.cache.safetensors").is_file()
     assert "The sharer prefilled" in first.stdout and "The sharer prefilled" not in second.stdout
     assert first.stdout.split(")\n")[-1] == second.stdout.split(")\n")[-1]
+
+
+def test_domain_transfer(tmp_path: Path) -> None:
+    """One row a domain, from the rows of its subjects."""
+    pytest.importorskip("lm_eval", reason=NEEDS)
+    fuser = save_fuser(tmp_path, "fuser")
+    subjects = ["anatomy", "professional_law", "machine_learning", "astronomy"]
+    rows = [{**row, "subject": subjects[index % 4]} for index, row in enumerate(choice_rows(12))]
+    write_rows(tmp_path / "data" / "mmlu_redux" / "test.jsonl", rows)
+    command = [sys.executable, str(EXAMPLES / "domain_transfer.py"), str(fuser), "--data-dir", str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in rows] == [["| medicine", "3"], ["| law", "3"], ["| computing", "3"]]
 
 
 def test_passage_data(tmp_path: Path) -> None:
