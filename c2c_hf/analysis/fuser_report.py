@@ -98,7 +98,10 @@ def analyze_fuser(
         sharer["change"]["tokens"] = decode_each(processor.tokenizer, states.token_ids[place].tolist())
         if model.config.mode == "memory" and index == 0:
             attention = slot_attention(model, processor, text)
-            sharer["attention"] = {**vars(attention), "by_slot": attention.by_slot.tolist()}
+            sharer["attention"] = {
+                name: value.tolist() if isinstance(value, torch.Tensor) else value
+                for name, value in vars(attention).items()
+            }
         report["sharers"].append(sharer)
     report = _rounded(report)
     write_file(folder / "report.json", json.dumps(report, ensure_ascii=False).encode())

@@ -19,6 +19,8 @@ from ..processing_c2c import C2CProcessor
 
 #: What the receiver is asked about a context, where its attention to memory slots is measured.
 QUESTION = "What is this text about?"
+#: Contexts that are prefilled at once.
+BATCH_SIZE = 8
 
 
 @dataclass
@@ -39,7 +41,7 @@ class FuserStates:
             is closed; `None` in memory mode, which has none.
         token_ids: `(num_tokens,)`, the receiver's tokens.
         lengths: Number of tokens of each text.
-        texts: The texts, without those that have no fused token.
+        texts: The texts; in fusion mode without those that have no fused token.
     """
 
     receiver: list[torch.Tensor]
@@ -92,21 +94,23 @@ def collect_states(
     Raises:
         ValueError: No token of the texts is fused.
     """
-    collect = _slot_states if model.config.mode == "memory" else _fused_states
-    parts = [part for text in texts if (part := collect(model, processor, text, max_length)) is not None]
+    if model.config.mode == "memory":
+        batches = [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
+        parts = [_slot_states(model, processor, batch, max_length) for batch in batches]
+    else:
+        collected = (_fused_states(model, processor, text, max_length) for text in texts)
+        parts = [part for part in collected if part is not None]
     if not parts:
         raise ValueError("No token of the texts is fused: every gate is closed, or the texts are too short.")
     return [FuserStates.join(own) for own in zip(*parts, strict=True)]
 
 
 def _slot_states(
-    model: C2CForCausalLM, processor: C2CProcessor, text: str, max_length: int
-) -> list[FuserStates] | None:
+    model: C2CForCausalLM, processor: C2CProcessor, texts: Sequence[str], max_length: int
+) -> list[FuserStates]:
     collected = []
     for index, fuser in enumerate(cast(Sequence[MemoryFuser], model.fuser)):
-        states = aligned_states(model, processor, [text], index, max_length)
-        if not len(states):
-            return None
+        states = aligned_states(model, processor, texts, index, max_length)
         slots = fuser(states.sharer, states.embeddings)
         projected = [own.flatten(1).float().cpu() for kind in zip(*slots, strict=True) for own in kind]
         middle = [sources[len(sources) // 2] for sources in fuser.source_layers]
@@ -119,8 +123,8 @@ def _slot_states(
                 fused=projected,
                 weights=None,
                 token_ids=states.token_ids.cpu(),
-                lengths=[len(states)],
-                texts=[text],
+                lengths=torch.bincount(states.rows, minlength=len(texts)).tolist(),
+                texts=list(texts),
             )
         )
     return collected
@@ -210,6 +214,7 @@ class SlotAttention:
         prefilled: Share that goes to the context where the receiver prefills it itself, `None` on the sharer's grid,
             where it does not have the context's tokens.
         by_slot: `(num_layers, num_slots)`, the share of each slot.
+        prefilled_by_slot: The same where the receiver prefills the context, or `None`.
         tokens: The slots' tokens as text, empty on the sharer's grid.
     """
 
@@ -218,6 +223,7 @@ class SlotAttention:
     prompt: list[float]
     prefilled: list[float] | None
     by_slot: torch.Tensor
+    prefilled_by_slot: torch.Tensor | None
     tokens: list[str]
 
 
@@ -250,7 +256,7 @@ def slot_attention(model: C2CForCausalLM, processor: C2CProcessor, text: str) ->
         prefilled = None
         if processor.memory_grid == "receiver":
             own = model.receiver(input_ids=inputs["input_ids"], output_attentions=True).attentions
-            prefilled = _mean_attention(own, num_queries)[:, slots].sum(1).tolist()
+            prefilled = _mean_attention(own, num_queries)[:, slots].cpu()
     finally:
         model.receiver.set_attn_implementation(implementation)
     before = torch.arange(len(slots)).to(slots.device) < int(slots.int().argmax())
@@ -259,8 +265,9 @@ def slot_attention(model: C2CForCausalLM, processor: C2CProcessor, text: str) ->
         slots=attentions[:, slots].sum(1).tolist(),
         sink=attentions[:, before].sum(1).tolist(),
         prompt=attentions[:, ~slots & ~before].sum(1).tolist(),
-        prefilled=prefilled,
+        prefilled=None if prefilled is None else prefilled.sum(1).tolist(),
         by_slot=attentions[:, slots].cpu(),
+        prefilled_by_slot=prefilled,
         tokens=decode_each(processor.tokenizer, ids),
     )
 

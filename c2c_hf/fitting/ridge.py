@@ -36,12 +36,14 @@ class AlignedStates:
         receiver: The receiver's entries.
         embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`.
         token_ids: The receiver's tokens, `(num_tokens,)`.
+        rows: Which text of its batch a token is of, `(num_tokens,)`.
     """
 
     sharer: Entries
     receiver: Entries
     embeddings: torch.Tensor
     token_ids: torch.Tensor
+    rows: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -54,6 +56,7 @@ class AlignedStates:
             [torch.cat(entry) for entry in zip(*(part.receiver for part in parts), strict=True)],
             torch.cat([part.embeddings for part in parts]),
             torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.rows for part in parts]),
         )
 
 
@@ -217,6 +220,7 @@ def aligned_states(
         [state.to(device) for state in receiver],
         embedding(tokens).to(device),
         tokens,
+        rows,
     )
 
 

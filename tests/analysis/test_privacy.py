@@ -16,7 +16,7 @@ def recovered(request: pytest.FixtureRequest) -> tuple[str, dict]:
     model, processor = pair(mode=request.param)
     samples = texts(60)
     found = probe_privacy(
-        model, processor, samples[:50], samples[50:], num_layers=3, num_test_tokens=150, progress=False
+        model, processor, samples[:40], samples[40:], num_layers=2, num_test_tokens=150, progress=False
     )
     return request.param, {(own.payload, own.layer): own for own in found}
 
@@ -25,7 +25,7 @@ def test_the_first_layer_reveals_its_tokens(recovered: tuple[str, dict]) -> None
     """Its values are a linear map of the normalized embedding; with other tokens' states nothing is recovered."""
     mode, found = recovered
     own = found["sharer cache", 0]
-    assert own.num_tokens == 150 and own.vocabulary == 600
+    assert own.num_tokens == 150 and own.vocabulary > 500
     assert own.top1 > 0.9
     assert found["sharer cache, int8", 0].top1 == pytest.approx(own.top1, abs=0.05)
     assert found["sharer cache, int4", 0].top1 > 0.5

@@ -75,7 +75,12 @@ def test_closed_gates_are_refused() -> None:
 @pytest.mark.parametrize("grid", ["receiver", "sharer"])
 def test_projected_states_are_the_slots(grid: str) -> None:
     model, processor = pair(mode="memory", memory_grid=grid)
+    (several,) = collect_states(model, processor, [TEXT[0], TEXT[4]])
     (states,) = collect_states(model, processor, TEXT[:1])
+    (length,) = states.lengths
+    assert several.lengths[0] == length and sum(several.lengths) == len(several.token_ids)
+    for own, other in zip(states.fused, several.fused, strict=True):
+        assert torch.allclose(own, other[:length], atol=1e-4), "a row of a batch is as it is alone"
     assert states.weights is None
     assert all(torch.equal(own, other) for own, other in zip(states.projected, states.fused, strict=True))
     chat = [{"role": "user", "content": "."}]
@@ -109,6 +114,7 @@ def test_slot_attention(grid: str) -> None:
         assert attention.prefilled is None and attention.tokens == []
     else:
         assert all(0 < share < 1 for share in attention.prefilled)
+        assert torch.allclose(attention.prefilled_by_slot.sum(1), torch.tensor(attention.prefilled))
         assert len(attention.tokens) == num_slots and "".join(attention.tokens).strip() in TEXT[0]
 
 
