@@ -1,4 +1,4 @@
-"""The commands that measure: `c2c evaluate`, `c2c lm-eval` and `c2c analyze`."""
+"""The commands that measure: `c2c evaluate` and `c2c lm-eval`."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,6 @@ from .options import (
     Precision,
     Receiver,
     Sharers,
-    TokenAlignment,
-    check_place,
     load_model,
 )
 
@@ -165,33 +163,6 @@ def lm_eval(ctx: typer.Context) -> None:
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: run `pip install "c2c_hf[eval]"`.') from error
     run_lm_eval(ctx.args)
-
-
-def analyze(
-    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="Folder or Hub id.")],
-    sharer: Annotated[str, typer.Argument(metavar="SHARER", help="Folder or Hub id.")],
-    text: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, one sample a line.")],
-    token_alignment: Annotated[
-        TokenAlignment | None, typer.Option(show_default="by the vocabularies", help="How tokens are aligned.")
-    ] = None,
-) -> None:
-    """Report how the tokens of two tokenizers align on a text."""
-    from dataclasses import asdict
-
-    try:
-        samples = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(text)!r} is not UTF-8 text ({error}).") from error
-    if not samples:
-        raise ValueError(f"{str(text)!r} holds no text.")
-    check_place("the receiver", receiver)
-    check_place("the sharer", sharer)
-
-    from .. import C2CProcessor
-
-    processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer, token_alignment)
-    report = asdict(processor.alignment_report(samples))
-    print(json.dumps({"token_alignment": processor.token_alignments[0], **report}, indent=2))
 
 
 def _parse_kwargs(text: str | None) -> dict[str, Any] | None:

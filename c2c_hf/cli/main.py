@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from . import answer, evaluate, prefill, serve, share, train
+from . import analyze, answer, evaluate, prefill, serve, share, train
 
 logger = logging.getLogger("c2c_hf")
 
@@ -44,7 +44,7 @@ app.command(rich_help_panel="Evaluate")(evaluate.evaluate)
 app.command("lm-eval", rich_help_panel="Evaluate", context_settings={**_PASS_ON, "help_option_names": []})(
     evaluate.lm_eval
 )
-app.command(rich_help_panel="Evaluate")(evaluate.analyze)
+app.add_typer(analyze.app, name="analyze", rich_help_panel="Evaluate")
 app.command(rich_help_panel="Share")(share.convert)
 app.command(rich_help_panel="Share")(share.inspect)
 app.command(rich_help_panel="Share")(share.push)

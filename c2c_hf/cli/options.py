@@ -92,6 +92,44 @@ def move_to_device(model: "PreTrainedModel", device: str) -> None:
         raise ValueError(f"`--device {device}` cannot be used: {error}") from error
 
 
+def load_texts(name: str | Path, column: str, max_texts: int | None = None, unique: bool = True) -> list[str]:
+    """Load texts: a column of JSON Lines or of a data set of the Hub, or the lines of a plain text file.
+
+    Args:
+        name: A file, or a Hub id.
+        column: Holds the texts; a plain text file has none.
+        max_texts: The first so many; `None`: all.
+        unique: Drop repeats, such as the passage of several questions.
+
+    Returns:
+        The texts, without blank ones.
+
+    Raises:
+        ValueError: The file holds no text, is not UTF-8, or has no such column.
+        OSError: There is no such file.
+    """
+    from ..training.dataset import is_file_name, load_rows
+
+    if is_file_name(str(name)) or not (isinstance(name, Path) or Path(name).is_file()):
+        rows = load_rows(str(name))
+        if column not in (rows.column_names or []):
+            raise ValueError(f"{name} has the columns {sorted(rows.column_names or [])}; name one with `--column`.")
+        texts = [row[column] for row in rows]
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise ValueError(f"Row {number} of {name}: {column!r} must be a text, but got {text!r:.60}.")
+    else:
+        try:
+            texts = Path(name).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{str(name)!r} is not UTF-8 text ({error}).") from error
+    texts = [text for text in texts if text.strip()]
+    texts = list(dict.fromkeys(texts)) if unique else texts
+    if not texts:
+        raise ValueError(f"{str(name)!r} holds no text.")
+    return texts[:max_texts]
+
+
 def load_model(
     fuser: str | None,
     receiver: str | None,

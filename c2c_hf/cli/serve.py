@@ -56,8 +56,7 @@ def serve(
     try:
         import uvicorn
 
-        from ..serving.app import create_app
-        from ..serving.app import LOOPBACK_HOSTS
+        from ..serving.app import LOOPBACK_HOSTS, create_app
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: run `pip install "c2c_hf[serve]"`.') from error
 

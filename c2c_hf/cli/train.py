@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import AsJson, DType, check_place, hide_loading_bars
+from .options import AsJson, DType, check_place, hide_loading_bars, load_texts
 
 
 def train(
@@ -108,7 +108,7 @@ def fit(
 
     processes = PartialState()
     hide_loading_bars()
-    rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
+    rows = [text for name in texts for text in load_texts(name, column, max_texts, unique=False)]
     names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
     loaded = [
         load_base_model(name, role, {"dtype": dtype})[0].to(device)
@@ -166,16 +166,3 @@ def fit(
             best = max(row[source] for source in sources)
             print(f"{layer_idx:5}  {best:5.3f}  {', '.join(map(str, sources))}")
     print(f"Saved the fuser and its processor to {output}.")
-
-
-def _load_texts(name: str, column: str, max_texts: int | None) -> list[str]:
-    from ..training.dataset import load_rows
-
-    rows = load_rows(name)
-    if column not in (rows.column_names or []):
-        raise ValueError(f"{name} has the columns {sorted(rows.column_names or [])}; name one with `--column`.")
-    texts = [row[column] for row in (rows if max_texts is None else rows.take(max_texts))]
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise ValueError(f"Row {number} of {name}: {column!r} must be a text, but got {text!r:.60}.")
-    return texts

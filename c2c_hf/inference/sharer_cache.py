@@ -218,6 +218,34 @@ class SharerCache:
         return int(same.all(0).long().cumprod(0).sum())
 
 
+def quantization_scale(states: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the scale by which each head's state of a token is rounded to a few bits, in float32.
+
+    Args:
+        states: `(..., head_dim)`.
+        bits: Per number, including the sign.
+
+    Returns:
+        `(..., 1)`, not 0.
+    """
+    largest = 2 ** (bits - 1) - 1
+    return states.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
+
+
+def round_states(states: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return states rounded to a few bits, with one scale per head and token.
+
+    Args:
+        states: `(..., head_dim)`.
+        bits: Per number, including the sign.
+
+    Returns:
+        In shape and dtype of `states`.
+    """
+    scale = quantization_scale(states, bits)
+    return ((states.float() / scale).round() * scale).to(states.dtype)
+
+
 def prefill_sharer(
     model: PreTrainedModel,
     input_ids: torch.Tensor,

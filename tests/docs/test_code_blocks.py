@@ -132,6 +132,8 @@ def test_python_blocks_run(name: str, client: HubClient, folder: Path, request: 
         pytest.importorskip("lm_eval", reason=NEEDS)
     if "trl" in name:
         pytest.importorskip("trl", reason="needs `pip install trl`")
+    if "analysis" in name:
+        pytest.importorskip("sklearn", reason="the analysis needs the extra `[analysis]`")
     blocks = [block for block in code_blocks(PAGES[name]) if block.language == "python"]
     replaced = dict(SHORTER)
     if any(ADDRESS in block.code for block in blocks):
@@ -176,14 +178,24 @@ def help_of(words: tuple[str, ...], capsys: pytest.CaptureFixture) -> str:
     if words[0] == "lm-eval":
         # lm-evaluation-harness checks its own options.
         return "--model --model_args --tasks"
-    arguments = ["train", str(ROOT / words[1]), "--help"] if words[0] == "train" else [words[0], "--help"]
+    arguments = [*words[: 2 if words[0] == "analyze" else 1], "--help"]
+    if words[0] == "train":
+        arguments = ["train", str(ROOT / words[1]), "--help"]
     with contextlib.suppress(SystemExit):
         main(arguments)
     return capsys.readouterr().out
 
 
 #: Commands that run on the tiny models: all that need no data from the Hub and do not train.
-RUNS = ("c2c demo", "c2c generate", "c2c inspect", "c2c push", "c2c fit", "c2c evaluate --tasks")
+RUNS = (
+    "c2c demo",
+    "c2c generate",
+    "c2c inspect",
+    "c2c push",
+    "c2c fit",
+    "c2c evaluate --tasks",
+    "c2c analyze tokenizers",
+)
 
 
 @pytest.mark.parametrize(
