@@ -61,7 +61,7 @@ from .checkpoints.receiver_adapter import (
 )
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import C2CConfig, SharerConfig
-from .fusers import build_fusers
+from .fusers import build_fusers, fuser_state_dict
 from .fusers.c2c import C2CFuser, FuserGroup
 from .fusers.memory import MemoryFuser
 from .hub.publish import publish_fuser
@@ -1182,11 +1182,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ saving and publishing
 
     def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        if state_dict is not None:
-            return {name: value for name, value in state_dict.items() if is_own_weight(name)}
         # The base models are not asked: quantized ones may change their weights when they are.
         tables = {f"token_table_{index}": table for index, table in enumerate(self.token_tables) if table is not None}
-        return {**self.fuser.state_dict(prefix="fuser."), **tables}
+        own = {**fuser_state_dict(self.fuser), **tables}
+        return own if state_dict is None else {name: value for name, value in state_dict.items() if name in own}
 
     def save_pretrained(
         self,

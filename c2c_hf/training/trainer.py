@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_che
 from transformers.utils import ModelOutput
 
 from ..checkpoints.receiver_adapter import add_adapter
+from ..configuration_c2c import C2CConfig
 from ..fusers.c2c import C2CFuser, FuserGroup
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
@@ -31,6 +32,19 @@ from .sharer_cache_store import SharerCacheStore
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+def annealed_temperature(config: C2CConfig, step: int, max_steps: int) -> float:
+    """Return the temperature of the gates in an optimizer step.
+
+    Args:
+        config: Its first and last temperature.
+        step: Counted from 0.
+        max_steps: Of the run.
+    """
+    progress = min(1.0, step / max(1, max_steps))
+    ratio = config.final_gate_temperature / config.initial_gate_temperature
+    return float(config.initial_gate_temperature * ratio**progress)
 
 
 class C2CTrainer(CheckpointingTrainer):
@@ -206,10 +220,7 @@ class C2CTrainer(CheckpointingTrainer):
 
     def gate_temperature(self, step: int) -> float:
         """Return the temperature of the gates in an optimizer step, counted from 0."""
-        config = self.model.config
-        progress = min(1.0, step / max(1, self.state.max_steps))
-        ratio = config.final_gate_temperature / config.initial_gate_temperature
-        return float(config.initial_gate_temperature * ratio**progress)
+        return annealed_temperature(self.model.config, step, self.state.max_steps)
 
     def training_step(
         self,
