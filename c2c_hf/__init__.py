@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .processing_c2c import C2CProcessor
     from .training.arguments import C2CTrainingArguments
     from .training.collator import C2CDataCollator
+    from .training.shared_space import SharedSpaceTrainer, add_sharer, share_encoders
     from .training.trainer import C2CTrainer
 
 __all__ = [
@@ -27,11 +28,14 @@ __all__ = [
     "C2CTrainer",
     "C2CTrainingArguments",
     "SharerCache",
+    "SharedSpaceTrainer",
     "SharerConfig",
     "__version__",
+    "add_sharer",
     "convert_reference_checkpoint",
     "fit_layer_mapping",
     "fit_ridge",
+    "share_encoders",
 ]
 
 __version__ = "0.1.0"
@@ -45,11 +49,14 @@ _MODULES = {
     "C2CProcessor": ".processing_c2c",
     "C2CTrainer": ".training.trainer",
     "C2CTrainingArguments": ".training.arguments",
+    "SharedSpaceTrainer": ".training.shared_space",
     "SharerCache": ".inference.sharer_cache",
     "SharerConfig": ".configuration_c2c",
+    "add_sharer": ".training.shared_space",
     "convert_reference_checkpoint": ".convert_reference",
     "fit_layer_mapping": ".fitting.layer_mapping",
     "fit_ridge": ".fitting.ridge",
+    "share_encoders": ".training.shared_space",
 }
 
 

@@ -64,7 +64,7 @@ from .checkpoints.receiver_adapter import (
 )
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import C2CConfig, SharerConfig
-from .fusers import build_fusers
+from .fusers import build_fusers, fuser_state_dict
 from .fusers.c2c import C2CFuser, FuserGroup
 from .fusers.memory import MemoryFuser
 from .hub.publish import publish_fuser
@@ -81,6 +81,7 @@ from .inference.fusion import (
 from .inference.inputs import (
     GivenCaches,
     GivenSharerInputs,
+    ModelInputs,
     PerSharer,
     ReceiverInputs,
     SharerInputs,
@@ -89,6 +90,7 @@ from .inference.inputs import (
     collect_fusion_inputs,
     collect_memory_inputs,
     new_alignment,
+    prefill_given_inputs,
     sharer_inputs_from_caller,
     sharer_inputs_from_tokens,
     tensor_per_sharer,
@@ -332,6 +334,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         sharer_caches: GivenCaches | None = None,
         sharer_settings: PerSharer | None = None,
+        sharer_inputs_embeds: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        sharer_model_inputs: ModelInputs | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Prefill a prompt with all models and fuse, or decode further tokens.
@@ -363,6 +367,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
             sharer_settings: `(batch_size, 6)`, with several sharers a list: by these, inputs of a processor that is
                 not this model's are refused. `None`: not compared.
+            sharer_inputs_embeds: `(batch_size, sharer_len, hidden_size)`, prefilled in place of `sharer_input_ids`;
+                with several sharers a list, `None` for those without. Not with `fuse_response`.
+            sharer_model_inputs: Further arguments of the sharer's own forward pass, such as `{"pixel_values": ...}` of
+                a vision-language model, whose image tokens are in `sharer_input_ids`; with several sharers a list. Not
+                with `fuse_response`.
             **kwargs: Passed on to the receiver.
 
         Returns:
@@ -381,6 +390,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         given = GivenSharerInputs(
             sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids, sharer_caches
         )
+        if self.fusion_enabled and (sharer_inputs_embeds is not None or sharer_model_inputs is not None):
+            given = prefill_given_inputs(
+                self.config, list(self.sharers), given, sharer_inputs_embeds, sharer_model_inputs
+            )
         seq_len = inputs.seq_len
         num_kept = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
 
@@ -770,6 +783,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: With `prefill_chunk_size`: a chunk would attend to the fused states of the one before it.
         """
         self.check_processor(kwargs.pop("sharer_settings", None))
+        embeds, model_inputs = kwargs.pop("sharer_inputs_embeds", None), kwargs.pop("sharer_model_inputs", None)
+        if self.fusion_enabled and (embeds is not None or model_inputs is not None):
+            # As caches, which beams repeat, and which the prefill of the prompt takes.
+            names = ("sharer_input_ids", "sharer_attention_mask", "sharer_position_ids", "sharer_caches")
+            ids, masks, positions, caches = (kwargs.get(name) for name in names)
+            given = GivenSharerInputs(ids, masks, None, positions, caches)
+            given = prefill_given_inputs(self.config, list(self.sharers), given, embeds, model_inputs)
+            kwargs |= {"sharer_input_ids": given.input_ids, "sharer_attention_mask": given.attention_mask}
+            kwargs["sharer_caches"] = given.caches
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
         if self.fusion_enabled and chunk_size is not None:
@@ -1252,11 +1274,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ saving and publishing
 
     def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        if state_dict is not None:
-            return {name: value for name, value in state_dict.items() if is_own_weight(name)}
         # The base models are not asked: quantized ones may change their weights when they are.
         tables = {f"token_table_{index}": table for index, table in enumerate(self.token_tables) if table is not None}
-        return {**self.fuser.state_dict(prefix="fuser."), **tables}
+        own = {**fuser_state_dict(self.fuser), **tables}
+        return own if state_dict is None else {name: value for name, value in state_dict.items() if name in own}
 
     def save_pretrained(
         self,

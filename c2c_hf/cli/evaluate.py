@@ -85,6 +85,13 @@ def evaluate(
     fusion_fuser: Annotated[
         str | None, typer.Option(metavar="FUSER", help="With mode='fusion', for the method same_text_fusion.")
     ] = None,
+    swapped_fuser: Annotated[
+        str | None,
+        typer.Option(metavar="FUSER", help="Whose receiver is the first sharer, for the method swapped_pair."),
+    ] = None,
+    two_sharer_fuser: Annotated[
+        str | None, typer.Option(metavar="FUSER", help="With several sharers, for the method two_sharers.")
+    ] = None,
     chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="""For every template: '{"enable_thinking": false}'.""")
     ] = None,
@@ -113,6 +120,9 @@ def evaluate(
     other_fusion = None if fusion_fuser is None else load_model(fusion_fuser, receiver, sharers, *options)
     itself = None if receiver is None else [receiver]
     other_self = None if self_fuser is None else load_model(self_fuser, receiver, itself, *options)
+    first_sharer = None if not sharers else sharers[0]
+    other_swapped = None if swapped_fuser is None else load_model(swapped_fuser, first_sharer, itself, *options)
+    other_sharers = None if two_sharer_fuser is None else load_model(two_sharer_fuser, receiver, None, *options)
     folder = output or Path("evaluation") / ("untrained" if model is None else Path(model).resolve().name)
     metrics = run(
         c2c,
@@ -134,6 +144,8 @@ def evaluate(
         data=data or (),
         max_length=max_length,
         baselines=baselines,
+        swapped_fuser=other_swapped,
+        two_sharer_fuser=other_sharers,
     )
     if not PartialState().is_main_process:
         return

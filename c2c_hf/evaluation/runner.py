@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from tqdm.auto import tqdm
 
-from .methods.answerer import ContinuationScore, GeneratedAnswer, Method, Prompt, Query
+from .methods.answerer import MAX_EXAMPLES, ContinuationScore, GeneratedAnswer, Method, Prompt, Query
 from .run_records import Record, RunFolder
 from .tasks.extraction import asks_for_number, extract_answer, score_answer
 from .tasks.task import EvaluationTask, Item
@@ -70,6 +70,7 @@ def _query(item: Item, mismatched: Item | None, task: EvaluationTask, seed: int,
         question=item.question,
         context=item.context,
         mismatched_context="" if mismatched is None else mismatched.context,
+        examples=task.examples(item, seed, MAX_EXAMPLES),
     )
 
 

@@ -2,8 +2,10 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -57,6 +59,8 @@ class SharerCache:
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
         text: str | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
     ) -> "SharerCache":
         """Prefill a sharer for a receiver elsewhere.
 
@@ -69,9 +73,14 @@ class SharerCache:
             revision: The commit from which the model was loaded, to be compared as well. `None`: the model's own
                 record.
             text: The text of the tokens, to be kept beside them.
+            inputs_embeds: `(batch_size, seq_len, hidden_size)`, prefilled in place of `input_ids`. `None`: none.
+            model_inputs: Further arguments of the model, such as `pixel_values` of a vision-language model, whose
+                `input_ids` hold its image tokens. `None`: none.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        sharer_cache = prefill_sharer(model, input_ids, attention_mask)
+        sharer_cache = prefill_sharer(
+            model, input_ids, attention_mask, inputs_embeds=inputs_embeds, model_inputs=model_inputs
+        )
         vocabulary = None if tokenizer is None else tokenizer_hash(tokenizer)
         revision = revision or getattr(model.config, "_commit_hash", None)
         sharer_cache.source = SharerSource(fingerprint(model), revision, vocabulary)
@@ -252,6 +261,8 @@ def prefill_sharer(
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     cached: SharerCache | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    model_inputs: Mapping[str, Any] | None = None,
 ) -> SharerCache:
     """Prefill a sharer, or continue its cache.
 
@@ -261,6 +272,8 @@ def prefill_sharer(
         attention_mask: `(batch_size, seq_len)`.
         position_ids: `(batch_size, seq_len)`, counted from 0, or `None`: counted from the mask.
         cached: Cache of an earlier text, or `None`. It is cropped to the common prefix and continued from there.
+        inputs_embeds: `(batch_size, seq_len, hidden_size)`, prefilled in place of `input_ids`; not with `cached`.
+        model_inputs: Further arguments of the model, such as `pixel_values`; not with `cached`.
 
     Returns:
         The cache of the whole text; `cached` itself where there is a common prefix.
@@ -280,7 +293,13 @@ def prefill_sharer(
         cached.crop(start)
         cached.input_ids, cached.attention_mask = input_ids, attention_mask
     if start < input_ids.shape[1]:
-        prefill(model, cached.cache, input_ids[:, start:], attention_mask, position_ids[:, start:])
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.to(device)
+        prefill(
+            *(model, cached.cache, input_ids[:, start:], attention_mask, position_ids[:, start:]),
+            inputs_embeds=inputs_embeds,
+            model_inputs=model_inputs,
+        )
     return cached
 
 

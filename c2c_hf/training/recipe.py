@@ -29,6 +29,8 @@ _CONFIG_FIELDS = (
     "fusion_source_layers",
     "joint_keys_values",
     "unrotate_keys",
+    "shared_hidden_size",
+    "shared_num_layers",
     "fusion_mode",
     "fuser_initialization",
     "initial_gate_temperature",
@@ -65,6 +67,8 @@ class ModelArguments:
         fusion_source_layers: See [`C2CConfig`].
         joint_keys_values: See [`C2CConfig`].
         unrotate_keys: See [`C2CConfig`].
+        shared_hidden_size: See [`C2CConfig`].
+        shared_num_layers: See [`C2CConfig`].
         fusion_mode: See [`C2CConfig`].
         fuser_initialization: See [`C2CConfig`].
         initial_gate_temperature: See [`C2CConfig`].
@@ -99,6 +103,8 @@ class ModelArguments:
     fusion_source_layers: int | None = None
     joint_keys_values: bool | None = None
     unrotate_keys: bool | None = None
+    shared_hidden_size: int | None = None
+    shared_num_layers: int | None = None
     fusion_mode: str | None = None
     fuser_initialization: str | None = None
     initial_gate_temperature: float | None = None

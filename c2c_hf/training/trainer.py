@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from .._files import write_file
 from ..checkpoints.fuser_weights import is_own_weight
 from ..checkpoints.receiver_adapter import add_adapter
+from ..configuration_c2c import C2CConfig
 from ..fusers.c2c import C2CFuser, FuserGroup
 from ..hub.licenses import base_licenses
 from ..hub.model_card import render_model_card
@@ -54,6 +55,19 @@ def _tokenized(dataset: Any, args: C2CTrainingArguments, collator: DataCollator,
     # Of several processes, the first one tokenizes, and the others find the result on the disk.
     with args.main_process_first(desc=f"tokenizing {name}"):
         return prepare_dataset(dataset, collator.processor, name=name, **args.tokenization())
+
+
+def annealed_temperature(config: C2CConfig, step: int, max_steps: int) -> float:
+    """Return the temperature of the gates in an optimizer step.
+
+    Args:
+        config: Its first and last temperature.
+        step: Counted from 0.
+        max_steps: Of the run.
+    """
+    progress = min(1.0, step / max(1, max_steps))
+    ratio = config.final_gate_temperature / config.initial_gate_temperature
+    return float(config.initial_gate_temperature * ratio**progress)
 
 
 class C2CTrainer(CheckpointingTrainer):
@@ -223,10 +237,7 @@ class C2CTrainer(CheckpointingTrainer):
 
     def gate_temperature(self, step: int) -> float:
         """Return the temperature of the gates in an optimizer step, counted from 0."""
-        config = self.model.config
-        progress = min(1.0, step / max(1, self.state.max_steps))
-        ratio = config.final_gate_temperature / config.initial_gate_temperature
-        return float(config.initial_gate_temperature * ratio**progress)
+        return annealed_temperature(self.model.config, step, self.state.max_steps)
 
     def training_step(
         self,

@@ -20,9 +20,14 @@ class PositionSubset(Control):
     Args:
         which: The first ones, the last ones, or those whose values fusion changes most, in norm over all layers.
         share: In (0, 1].
+
+    Raises:
+        ValueError: `share` is out of range.
     """
 
     def __init__(self, which: Literal["first", "last", "most_changed"], share: float) -> None:
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"`share` must be in (0, 1], but got {share!r}")
         self.which, self.share = which, share
 
     def select_positions(self, model: C2CForCausalLM, batch: PromptBatch) -> PromptBatch:
