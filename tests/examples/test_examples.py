@@ -58,6 +58,24 @@ def test_fit_and_document_qa(pair: tuple[str, str], tmp_path: Path) -> None:
     assert first.stdout.split(")\n")[-1] == second.stdout.split(")\n")[-1]
 
 
+def test_knowledge(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Teach, train with the LoRA and the self control, test; called again it trains nothing and prints the same."""
+    receiver, sharer = pair
+    command = [sys.executable, str(EXAMPLES / "knowledge.py"), str(tmp_path), "--receiver", receiver]
+    command += ["--sharer", sharer, "--dtype", "float32", "--people", "210", "--train-people", "204", "--controls"]
+    command += ["--teach-passes", "1", "--teach-batch-size", "210", "--steps", "2", "--batch-size", "4"]
+    command += ["--hidden-size", "8", "--limit", "4"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=240) for _ in range(2))
+    assert first.returncode == 0, first.stderr[-2000:]
+    rows = [line.split(" | ")[0].strip("| ") for line in first.stdout.splitlines() if line.startswith("|")]
+    assert rows[0] == "4 questions, % right"
+    methods = ["receiver", "sharer", "c2c", "mismatched", "shuffled", "zero", "receiver_with_adapter"]
+    assert rows[2:] == [*methods, "receiver_as_sharer", "c2c, untaught sharer"]
+    assert (tmp_path / "taught" / "model.safetensors").is_file()
+    assert second.stdout.splitlines()[-len(rows) :] == first.stdout.splitlines()[-len(rows) :]
+    assert "train_runtime" not in second.stdout
+
+
 def test_passage_data(tmp_path: Path) -> None:
     """Questions on passages and chats with one, without those that share text with a test set."""
     passages = [" ".join(f"{letter}{i}" for i in range(30)) for letter in "abcd"]
