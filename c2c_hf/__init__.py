@@ -8,6 +8,7 @@ from ._import_hook import call_when_imported
 if TYPE_CHECKING:
     from .configuration_c2c import C2CConfig, SharerConfig
     from .convert_reference import convert_reference_checkpoint
+    from .fitting.layer_mapping import fit_layer_mapping
     from .fitting.ridge import fit_ridge
     from .inference.cache import C2CCache
     from .inference.sharer_cache import SharerCache
@@ -29,6 +30,7 @@ __all__ = [
     "SharerConfig",
     "__version__",
     "convert_reference_checkpoint",
+    "fit_layer_mapping",
     "fit_ridge",
 ]
 
@@ -46,6 +48,7 @@ _MODULES = {
     "SharerCache": ".inference.sharer_cache",
     "SharerConfig": ".configuration_c2c",
     "convert_reference_checkpoint": ".convert_reference",
+    "fit_layer_mapping": ".fitting.layer_mapping",
     "fit_ridge": ".fitting.ridge",
 }
 

@@ -8,12 +8,12 @@ from typing import Any, TypeVar, cast
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-LAYER_ALIGNMENTS = ("terminal", "depth_normalized")
+LAYER_ALIGNMENTS = ("terminal", "depth_normalized", "learned")
 TOKEN_ALIGNMENTS = ("identity", "first", "longest", "span")
 MODES = ("fusion", "memory")
 FUSION_MODES = ("parallel", "sequential")
 MEMORY_GRIDS = ("receiver", "sharer")
-FUSER_TYPES = ("c2c",)
+FUSER_TYPES = ("c2c", "c2c_complex")
 FUSER_INITIALIZATIONS = ("closed_gates", "zero_output")
 
 Value = TypeVar("Value")
@@ -67,6 +67,36 @@ def layer_mapping(num_receiver_layers: int, num_sharer_layers: int, layer_alignm
     return [int(i * scale + 0.5) for i in range(num_receiver_layers)]
 
 
+def several_source_layers(
+    field: str, chosen: list[list[int]] | None, num_receiver_layers: int, num_sharer_layers: int, count: int
+) -> list[list[int]]:
+    """Return the sharer layers of every receiver layer where each takes several.
+
+    Args:
+        field: Name of the field that holds the chosen ones, for the error.
+        chosen: Those chosen by a fit. `None`: `count` neighbours around the layer's relative depth.
+        num_receiver_layers: Number of layers in the receiver's cache.
+        num_sharer_layers: Number of layers in the sharer's cache.
+        count: Number of neighbours, at most all layers.
+
+    Raises:
+        ValueError: `chosen` names layers that the sharer does not have, or does not hold one entry per receiver layer.
+    """
+    if chosen is None:
+        count = min(count, num_sharer_layers)
+        centers = layer_mapping(num_receiver_layers, num_sharer_layers, "depth_normalized")
+        starts = [min(max(0, center - count // 2), num_sharer_layers - count) for center in centers]
+        return [list(range(start, start + count)) for start in starts]
+    if len(chosen) != num_receiver_layers or any(
+        not own or not all(0 <= layer < num_sharer_layers for layer in own) for own in chosen
+    ):
+        raise ValueError(
+            f"`{field}` of a sharer must hold layers below {num_sharer_layers} for each of the {num_receiver_layers} "
+            f"receiver layers, but got {chosen!r:.80}."
+        )
+    return [list(own) for own in chosen]
+
+
 @dataclasses.dataclass
 class SharerConfig:
     """Everything about one sharer: the model, its fuser's sizes and its token alignment.
@@ -87,6 +117,8 @@ class SharerConfig:
         fuser_intermediate_size: Width inside the fuser's feed-forward blocks.
         num_fuser_layers: Depth of the fuser, input projection included; at least 2.
         fuser_dropout: Dropout in the feed-forward blocks while training.
+        fusion_source_layers: With `layer_alignment="learned"`, per receiver layer the layers of this sharer that it is
+            fused with, as [`fit_layer_mapping`] chooses them. `None`: neighbours around its relative depth.
         memory_source_layers: In memory mode, per receiver layer the layers of this sharer from which its slots are
             computed, as [`~fitting.ridge.fit_ridge`] chooses them. `None`: neighbours around its relative depth.
         rotations: How the keys of each layer turn with their position, recorded for memory fusers, so that the cache
@@ -109,6 +141,7 @@ class SharerConfig:
     fuser_intermediate_size: int = 1024
     num_fuser_layers: int = 3
     fuser_dropout: float = 0.1
+    fusion_source_layers: list[list[int]] | None = None
     memory_source_layers: list[list[int]] | None = None
     rotations: dict[str, Any] | None = None
 
@@ -128,12 +161,13 @@ class SharerConfig:
             _check_integer(field, getattr(self, field), smallest)
         if not isinstance(self.fuser_dropout, float | int) or not 0.0 <= self.fuser_dropout < 1.0:
             raise ValueError(f"`fuser_dropout` must be in [0, 1), but got {self.fuser_dropout!r}.")
-        sources = self.memory_source_layers
-        if sources is not None and not (
-            isinstance(sources, list)
-            and all(isinstance(own, list) and all(type(layer) is int for layer in own) for own in sources)
-        ):
-            raise ValueError(f"`memory_source_layers` must be lists of layer indices, but got {sources!r:.80}.")
+        for field in ("fusion_source_layers", "memory_source_layers"):
+            sources = getattr(self, field)
+            if sources is not None and not (
+                isinstance(sources, list)
+                and all(isinstance(own, list) and all(type(layer) is int for layer in own) for own in sources)
+            ):
+                raise ValueError(f"`{field}` must be lists of layer indices, but got {sources!r:.80}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary, the nested configuration included."""
@@ -147,6 +181,8 @@ SHARER_FIELDS = (
     *("token_alignment", "bos_token_id", "fuser_hidden_size", "fuser_intermediate_size", "num_fuser_layers"),
     "fuser_dropout",
 )
+#: Fields without meaning in memory mode, with their defaults.
+_FUSION_ONLY = {"fuser_type": "c2c", "joint_keys_values": False, "unrotate_keys": False}
 _MEASURED_FIELDS = (
     *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint", "sharers"),
     *("receiver_layer_shapes", "receiver_embedding_size", "receiver_tokenizer_hash"),
@@ -172,13 +208,24 @@ class C2CConfig(PreTrainedConfig):
         mode: How the sharers reach the receiver. `"fusion"`: their states are fused with the receiver's at the aligned
             positions of the text that both prefill. `"memory"`: the states of a sharer-only context take positions of
             their own in the receiver's cache; the shared text is not fused then.
-        fuser_type: `"c2c"`, the projector of arXiv 2510.03215.
+        fuser_type: The fuser of fusion mode. `"c2c"`: the projector of arXiv 2510.03215. `"c2c_complex"`: the same
+            behind a three-layer network of its own that brings the sharer's states to the receiver's width (C2C-C,
+            section A.1.3 there).
         fuser_initialization: How a new fuser changes nothing. `"closed_gates"`: all gates at logit 0, which is closed
             at inference, in front of random output layers (arXiv 2510.03215); training starts by adding noise.
             `"zero_output"`: gates open at logit 1 in front of output layers that are zero, as LoRA starts.
         initial_gate_temperature: Temperature of the gates when training starts.
         final_gate_temperature: Temperature of the gates when training ends; between them it decays exponentially.
-        layer_alignment: `"terminal"` or `"depth_normalized"`, see [`layer_mapping`].
+        layer_alignment: Which sharer layers a receiver layer is fused with. `"terminal"`: last with last, then
+            downwards, surplus receiver layers with sharer layer 0 (arXiv 2510.03215). `"depth_normalized"`: the layer
+            at the nearest relative depth. `"learned"`: those that [`fit_layer_mapping`] has chosen, else neighbours
+            around its relative depth.
+        fusion_source_layers: With `layer_alignment="learned"`, the number of sharer layers that each receiver layer
+            takes.
+        joint_keys_values: In fusion mode, the projectors of a layer's keys and of its values both get the sharer's
+            keys and values; else keys get keys and values get values.
+        unrotate_keys: In fusion mode, the fuser gets keys free of rotary position, and its changes of the receiver's
+            keys are rotated to their positions. It then need not learn positions, and the sharer's may differ.
         fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's
             own states, `"sequential"` hands each fuser the output of the one before it.
         fuse_response: Keep fusing for answer tokens. Costs one more forward pass of the receiver and one of each
@@ -186,8 +233,10 @@ class C2CConfig(PreTrainedConfig):
         memory_grid: Which tokens of a sharer-only context have slots. `"receiver"`: the receiver's own, in front of
             the prompt as if it prefilled the context; each is filled from the first sharer token that ends at or after
             it. `"sharer"`: the sharer's, behind the prompt's first `memory_sink_tokens`.
-        memory_token_embeddings: On the receiver's grid, the fuser gets the receiver's embedding of each slot's token
-            beside the sharer's states.
+        memory_token_embeddings: On the receiver's grid, number of the receiver's token embeddings that the fuser gets
+            for each slot beside the sharer's states: that of the slot's own token, of the token before it, and so on.
+            Receivers find what to copy by the token before it, which the sharer's states do not tell where one token
+            of the sharer spans both. 0: none.
         memory_sink_tokens: Number of the prompt's first tokens, its attention sink, that the receiver always computes.
         memory_source_layers: Number of sharer layers from which each receiver layer's slots are computed.
         memory_rank: Width of the bottleneck of each layer's map. `None`: full rank.
@@ -213,10 +262,13 @@ class C2CConfig(PreTrainedConfig):
     initial_gate_temperature: float = 1.0
     final_gate_temperature: float = 0.001
     layer_alignment: str = "terminal"
+    fusion_source_layers: int = 1
+    joint_keys_values: bool = False
+    unrotate_keys: bool = False
     fusion_mode: str = "parallel"
     fuse_response: bool = False
     memory_grid: str = "receiver"
-    memory_token_embeddings: bool = True
+    memory_token_embeddings: int = 2
     memory_sink_tokens: int = 1
     memory_source_layers: int = 3
     memory_rank: int | None = None
@@ -265,8 +317,23 @@ class C2CConfig(PreTrainedConfig):
                 f"`mode='memory'` needs `token_alignment='span'`, but got {alignments}: the sharer prefills a context "
                 "that the receiver does not."
             )
-        for field, smallest in (("memory_source_layers", 1), ("memory_sink_tokens", 0), ("memory_hidden_size", 0)):
+        if self.mode == "memory":
+            fields = [name for name, default in _FUSION_ONLY.items() if getattr(self, name) != default]
+            if fields:
+                raise ValueError(f"`mode='memory'` has a fuser of its own: {fields} need `mode='fusion'`.")
+        for field, smallest in (
+            *(("fusion_source_layers", 1), ("memory_source_layers", 1), ("memory_token_embeddings", 0)),
+            *(("memory_sink_tokens", 0), ("memory_hidden_size", 0)),
+        ):
             _check_integer(field, getattr(self, field), smallest)
+        if self.fusion_source_layers > 1 and self.layer_alignment != "learned":
+            raise ValueError(
+                f"`fusion_source_layers` must be 1 without `layer_alignment='learned'`, but got "
+                f"{self.fusion_source_layers} with {self.layer_alignment!r}."
+            )
+        for field in ("joint_keys_values", "unrotate_keys"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"`{field}` must be True or False, but got {getattr(self, field)!r}.")
         for field in ("memory_rank", "receiver_embedding_size"):
             if getattr(self, field) is not None:
                 _check_integer(field, getattr(self, field), 1)
@@ -327,6 +394,11 @@ class C2CConfig(PreTrainedConfig):
         sharers = kwargs.pop("sharers")
         config, unused = super().from_dict(config_dict, **kwargs)
         return config, {**unused, "sharers": sharers}
+
+    @property
+    def needs_rotations(self) -> bool:
+        """Whether keys are compared free of rotary position."""
+        return self.mode == "memory" or self.unrotate_keys
 
     @property
     def num_sharers(self) -> int:

@@ -65,8 +65,11 @@ def convert_reference_checkpoint(
     defaults["token_alignment"] = [_token_alignment(model_section) for model_section in model_sections]
     model = C2CForCausalLM.from_receiver_and_sharers(receiver, sharers, **{**defaults, **kwargs})
     for fuser, folder, sharer in zip(model.fuser, folders, model.config.sharers, strict=True):
-        if not isinstance(fuser, C2CFuser):
-            raise ValueError(f"`mode` must be 'fusion' for a reference checkpoint, but got {model.config.mode!r}.")
+        if type(fuser) is not C2CFuser:
+            raise ValueError(
+                f"`mode` must be 'fusion' and `fuser_type` 'c2c' for a reference checkpoint, but got "
+                f"{model.config.mode!r} and {model.config.fuser_type!r}."
+            )
         _load_projectors(fuser, folder, len(sharer.layer_shapes or []))
     return model.eval()
 
@@ -140,10 +143,11 @@ def _projector_indices(folder: Path, fuser: C2CFuser, num_sharer_layers: int) ->
             f"`checkpoint_dirs`: {path} holds no layer mapping for a receiver of {fuser.num_layers} layers "
             f"({error!r})."
         ) from error
-    if mapping != fuser.sources[: fuser.num_layers] or len(pairs) != fuser.num_layers:
+    own_mapping = [sources[0] for sources in fuser.sources[: fuser.num_layers]]
+    if mapping != own_mapping or len(pairs) != fuser.num_layers:
         raise ValueError(
             f"`checkpoint_dirs`: the layer mapping {mapping} of {path} is not the one of `layer_alignment` for "
-            f"{fuser.num_layers} receiver and {num_sharer_layers} sharer layers, {fuser.sources[: fuser.num_layers]}."
+            f"{fuser.num_layers} receiver and {num_sharer_layers} sharer layers, {own_mapping}."
         )
     return indices
 

@@ -67,7 +67,14 @@ from .fusers.memory import MemoryFuser
 from .hub.publish import publish_fuser
 from .inference.cache import C2CCache, RecordingCache
 from .inference.fingerprints import fingerprint, tokenizer_hash
-from .inference.fusion import FusionPlan, default_alignment, fuse_states, last_prompt_positions, plan_fusion
+from .inference.fusion import (
+    FusionPlan,
+    KeyPositions,
+    default_alignment,
+    fuse_states,
+    last_prompt_positions,
+    plan_fusion,
+)
 from .inference.inputs import (
     GivenCaches,
     GivenSharerInputs,
@@ -425,7 +432,12 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             )
         else:
             fusers = cast(Sequence[C2CFuser], self.fuser)
-            fuse_states(fusers, caches, states, plan.tokens, self.config.fusion_mode)
+            positions: list[KeyPositions] = []
+            if self.config.unrotate_keys:
+                ids = [inputs.positions(), *(sharer.positions() for sharer in sharers)]
+                positions = [KeyPositions(*each) for each in zip(self.rotations(), ids, strict=True)]
+            key_positions = (positions[0], positions[1:]) if positions else ()
+            fuse_states(fusers, caches, states, plan.tokens, self.config.fusion_mode, *key_positions)
 
         # 5. Write these states into the cache and run the receiver over the remaining positions.
         outputs = continue_receiver(
@@ -642,8 +654,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                     rotations.append(read_rotations(recorded.rotations))
                 else:
                     raise ValueError(
-                        "`load_sharers=False` needs a memory fuser that records the rotations of the sharers' keys, "
-                        "which this one does not; load it with its sharers and save it again."
+                        "`load_sharers=False` needs a fuser that records the rotations of the sharers' keys, which "
+                        "this one does not; load it with its sharers and save it again."
                     )
             self._rotations = rotations
         return self._rotations
@@ -1214,7 +1226,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         push_kwargs = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
         if not is_main_process:
             return
-        if self.config.mode == "memory" and not any(isinstance(sharer, AbsentSharer) for sharer in self.sharers):
+        if self.config.needs_rotations and not any(isinstance(sharer, AbsentSharer) for sharer in self.sharers):
             # A model that is loaded without its sharers cannot measure them.
             for sharer_config, rotations in zip(self.config.sharers, self.rotations()[1:], strict=True):
                 sharer_config.rotations = describe_rotations(rotations)

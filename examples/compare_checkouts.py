@@ -106,7 +106,7 @@ def build_prefill(setting: Setting, pair: str, hidden_size: int, device: str) ->
         parameters = inspect.signature(C2CConfig).parameters
         fields |= {"mode" if "mode" in parameters else "context_mode": "memory"}
         if "memory_token_embeddings" in parameters:
-            fields["memory_token_embeddings"] = False
+            fields["memory_token_embeddings"] = 0
     model = C2CForCausalLM.from_receiver_and_sharers(*(base.to(device) for base in models), **fields).eval()
     model.fuser.to(dtype)
     length = setting.length + (QUESTION if setting.mode == "memory" else 0)

@@ -26,6 +26,11 @@ def hidden_and_weight(
     """What feeds the last layers of an entry's projector, and each head's weight, 0 behind a shut gate."""
     group, row = fuser.locate(entry)
     part = group.projector
+    if hasattr(part, "sharer_network"):
+        first, second, last = (getattr(part.sharer_network, f"{name}_proj") for name in ("in", "hidden", "out"))
+        sharer = gelu(linear(sharer, first.weight[row], first.bias[row]))
+        sharer = gelu(linear(sharer, second.weight[row], second.bias[row]))
+        sharer = linear(sharer, last.weight[row], last.bias[row])
     x = linear(torch.cat([sharer, receiver]), part.in_proj.weight[row], part.in_proj.bias[row])
     x = feed_forward(x, part.shared_ffn, row)
     weight = linear(feed_forward(x, part.weight_ffn, row), part.weight_proj.weight[row], part.weight_proj.bias[row])
@@ -42,6 +47,16 @@ def naive_change(fuser: torch.nn.Module, entry: int, sharer: torch.Tensor, recei
     projection = linear(x, part.out_proj.weight[row], part.out_proj.bias[row])
     heads = projection.view(len(weight), -1)
     return torch.cat([w * head for w, head in zip(weight, heads, strict=True)])
+
+
+def turned(model: torch.nn.Module, heads: torch.Tensor, angle: int) -> torch.Tensor:
+    """Keys `(num_heads, head_dim)` turned by a number of positions, first half with second half, as Llama does."""
+    config = model.config
+    half = heads.shape[-1] // 2
+    frequencies = config.rope_parameters["rope_theta"] ** -(torch.arange(half) / half)
+    first, second = heads[:, :half], heads[:, half:]
+    cos, sin = (angle * frequencies).cos(), (angle * frequencies).sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def read(model: torch.nn.Module, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -84,16 +99,30 @@ def naive_prefill(
             own = own.clone()
             entry = kind * len(clean.layers) + layer_idx
             for t in fused_positions:
-                before = own[0, :, past_length + t].flatten().clone()
+                free = model.config.unrotate_keys and kind == 0
+                before = own[0, :, past_length + t].clone()
+                if free:
+                    before = turned(model.receiver, before, -(past_length + t))
+                before = before.flatten()
                 now = before.clone()
-                for fuser, sharer_cache, alignment in zip(model.fuser, sharer_caches, alignments, strict=True):
+                for fuser, sharer, sharer_cache, alignment in zip(
+                    model.fuser, model.sharers, sharer_caches, alignments, strict=True
+                ):
                     if alignment[t] < 0:
                         continue
-                    shared_layer = sharer_cache.layers[fuser.sources[entry] % len(sharer_cache.layers)]
-                    shared = (shared_layer.keys, shared_layer.values)[kind][0, :, alignment[t]].flatten()
+                    parts = []
+                    for source in fuser.sources[entry]:
+                        source_kind, source_layer = divmod(source, len(sharer_cache.layers))
+                        shared_layer = sharer_cache.layers[source_layer]
+                        part = (shared_layer.keys, shared_layer.values)[source_kind][0, :, alignment[t]]
+                        if model.config.unrotate_keys and source_kind == 0:
+                            part = turned(sharer, part, -int(alignment[t]))
+                        parts.append(part.flatten())
+                    shared = torch.cat(parts)
                     seen = now if model.config.fusion_mode == "sequential" else before
                     now = now + naive_change(fuser, entry, shared, seen)
-                own[0, :, past_length + t] = now.view(own.shape[1], -1)
+                now = now.view(own.shape[1], -1)
+                own[0, :, past_length + t] = turned(model.receiver, now, past_length + t) if free else now
             states.append(own)
         fused.update(*states, layer_idx)
     if not end:

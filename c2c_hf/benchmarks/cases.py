@@ -162,7 +162,7 @@ def benchmark_training_step(
     receiver_tokens = TokenStates([keys for keys, _ in states] + [values for _, values in states], rows, places)
     c2c_fuser = cast(C2CFuser, model.fuser[0])
     parts = [
-        (part, sharer_tokens.gather(part.sources), receiver_tokens.gather(part.entries))
+        (part, sharer_tokens.gather_joined(part.sources), receiver_tokens.gather(part.entries))
         for part in c2c_fuser.parts(len(receiver_tokens), dtype)
     ]
 

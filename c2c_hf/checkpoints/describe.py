@@ -53,7 +53,7 @@ def describe_fuser(name_or_path: str | Path, **hub_kwargs: Any) -> list[tuple[st
         if isinstance(fuser, MemoryFuser):
             lines.append((f"fuser {index}", f"{size}; {_describe_maps(config, fuser)}"))
         else:
-            lines.append((f"fuser {index}", f"{size}; {_describe_sizes(sharer)}"))
+            lines.append((f"fuser {index}", f"{size}; {_describe_sizes(config, sharer)}"))
             lines.append((f"gates {index}", f"{gate_summary(own)}; {_open_layers(fuser)}"))
     lines.append(("token tables", str(sum(name.startswith("token_table_") for name in weights))))
     lines.append(("processor", "yes" if find_file(name, PROCESSOR_NAME, hub_kwargs) else "no"))
@@ -124,15 +124,22 @@ def _describe_mode(config: C2CConfig) -> str:
     return f"fusion, {config.fusion_mode}, layer alignment {config.layer_alignment}, answers {answers}"
 
 
-def _describe_sizes(sharer: SharerConfig) -> str:
+def _describe_sizes(config: C2CConfig, sharer: SharerConfig) -> str:
     sizes = f"hidden {sharer.fuser_hidden_size}, intermediate {sharer.fuser_intermediate_size}"
-    return f"{sizes}, {sharer.num_fuser_layers} layers"
+    parts = [] if config.fuser_type == "c2c" else [config.fuser_type]
+    parts += [f"{sizes}, {sharer.num_fuser_layers} layers"]
+    if config.layer_alignment == "learned":
+        parts.append(f"{config.fusion_source_layers} sharer layers per receiver layer")
+    parts += ["keys and values together"] if config.joint_keys_values else []
+    parts += ["keys free of rotary position"] if config.unrotate_keys else []
+    return ", ".join(parts)
 
 
 def _describe_maps(config: C2CConfig, fuser: MemoryFuser) -> str:
     rank = "full rank" if config.memory_rank is None else f"rank {config.memory_rank}"
     hidden = f", hidden {config.memory_hidden_size}" if config.memory_hidden_size else ""
-    embeddings = ", with token embeddings" if fuser.embedding_size else ""
+    count = fuser.num_token_embeddings
+    embeddings = f", {count} token embeddings per slot" if count else ""
     return f"{len(fuser.source_layers[0])} sharer layers per receiver layer{embeddings}, {rank}{hidden}"
 
 

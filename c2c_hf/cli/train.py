@@ -1,7 +1,7 @@
 """The commands that make fusers: `c2c train` and `c2c fit`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,19 +51,39 @@ def fit(
         Literal["receiver", "sharer"], typer.Option(help="Whose tokens of a context have slots.")
     ] = "receiver",
     token_embeddings: Annotated[
-        bool, typer.Option(help="The receiver's token embeddings beside the sharer's states.")
-    ] = True,
+        int, typer.Option(metavar="N", min=0, help="The receiver's embeddings of a slot's token and of those before.")
+    ] = 2,
     source_layers: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Sharer layers that each receiver layer takes.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Sharer layers that each receiver layer takes.",
+            show_default="3, in fusion mode 1",
+        ),
+    ] = None,
     sink_tokens: Annotated[int, typer.Option(metavar="N", min=0, help="First tokens that are never slots.")] = 1,
     rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the maps.", show_default="full")] = None,
     hidden_size: Annotated[int, typer.Option(metavar="N", min=0, help="Of a residual network to train; 0: none.")] = 0,
     max_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a text.")] = 512,
+    mode: Annotated[
+        Literal["memory", "fusion"],
+        typer.Option(help="fusion: choose the layer mapping of a fuser that is still to be trained."),
+    ] = "memory",
+    fuser_type: Annotated[Literal["c2c", "c2c_complex"], typer.Option(help="In fusion mode, of that fuser.")] = "c2c",
+    fuser_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="In fusion mode, its hidden and intermediate size.")
+    ] = 1024,
+    joint_keys_values: Annotated[
+        bool, typer.Option("--joint-keys-values", help="In fusion mode, it gets keys and values together.")
+    ] = False,
+    unrotate_keys: Annotated[
+        bool, typer.Option("--unrotate-keys", help="In fusion mode, it gets keys free of rotary position.")
+    ] = False,
     dtype: Annotated[DType, typer.Option(help="Of the base models.")] = "float32",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cuda.")] = "cpu",
 ) -> None:
-    """Fit a memory fuser in closed form, without training.
+    """Fit a memory fuser in closed form, without training; or the layer mapping of a fuser to train.
 
     Receiver and sharer prefill the same texts, and a ridge regression maps the sharer's states to the receiver's.
     """
@@ -74,6 +94,7 @@ def fit(
 
     from ..checkpoints.base_models import load_base_model
     from ..demo import local_pair
+    from ..fitting.layer_mapping import fit_layer_mapping
     from ..fitting.ridge import fit_ridge
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
@@ -84,27 +105,47 @@ def fit(
         load_base_model(name, role, {"dtype": dtype})[0].to(device)
         for name, role in zip(names, ("receiver", "sharers"), strict=True)
     ]
-    model = C2CForCausalLM.from_receiver_and_sharers(
-        *loaded,
-        mode="memory",
-        memory_grid=grid,
-        memory_token_embeddings=token_embeddings,
-        memory_sink_tokens=sink_tokens,
-        memory_source_layers=source_layers,
-        memory_rank=rank,
-        memory_hidden_size=hidden_size,
-    )
+    fields: dict[str, Any]
+    if mode == "fusion":
+        fields = {
+            "fuser_type": fuser_type,
+            "fuser_hidden_size": fuser_size,
+            "fuser_intermediate_size": fuser_size,
+            "layer_alignment": "learned",
+            "fusion_source_layers": source_layers or 1,
+            "joint_keys_values": joint_keys_values,
+            "unrotate_keys": unrotate_keys,
+        }
+    else:
+        fields = {
+            "mode": "memory",
+            "memory_grid": grid,
+            "memory_token_embeddings": token_embeddings,
+            "memory_sink_tokens": sink_tokens,
+            "memory_source_layers": source_layers or 3,
+            "memory_rank": rank,
+            "memory_hidden_size": hidden_size,
+        }
+    model = C2CForCausalLM.from_receiver_and_sharers(*loaded, **fields)
     processor = C2CProcessor.from_config(model.config, *names)
-    report = fit_ridge(model, processor, rows, max_length=max_length)
-    keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
-    print(
-        f"{report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens {keys:.3f} (keys), "
-        f"{values:.3f} (values)"
-    )
-    print("layer  keys   values  from the sharer's layers")
-    scores = zip(report.r2_keys, report.r2_values, report.source_layers, strict=True)
-    for layer_idx, (keys, values, sources) in enumerate(scores):
-        print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}   {', '.join(map(str, sources))}")
+    if mode == "fusion":
+        mapping = fit_layer_mapping(model, processor, rows, max_length=max_length)
+        print(f"{mapping.num_tokens} tokens, a quarter of them held out")
+        print("layer  R2     from the sharer's layers")
+        for layer_idx, (row, sources) in enumerate(zip(mapping.scores, mapping.source_layers, strict=True)):
+            best = max(row[source] for source in sources)
+            print(f"{layer_idx:5}  {best:5.3f}  {', '.join(map(str, sources))}")
+    else:
+        report = fit_ridge(model, processor, rows, max_length=max_length)
+        keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
+        print(
+            f"{report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens {keys:.3f} (keys), "
+            f"{values:.3f} (values)"
+        )
+        print("layer  keys   values  from the sharer's layers")
+        scores = zip(report.r2_keys, report.r2_values, report.source_layers, strict=True)
+        for layer_idx, (keys, values, sources) in enumerate(scores):
+            print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}   {', '.join(map(str, sources))}")
     model.save_pretrained(output)
     processor.save_pretrained(output)
     print(f"Saved the fuser and its processor to {output}.")

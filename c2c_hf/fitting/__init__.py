@@ -1,1 +1,1 @@
-"""Memory fusers in closed form."""
+"""Fits in closed form: memory fusers, and the layer mapping of fusion mode."""

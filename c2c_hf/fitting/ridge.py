@@ -1,7 +1,7 @@
 """`fit_ridge`: closed-form maps from a sharer's states to the receiver's, without gradients."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TypeAlias
@@ -11,13 +11,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..fusers.memory import MemoryFuser
-from ..inference.memory_slots import position_free_tokens
+from ..inference.fusion import KeyPositions, TokenStates
+from ..inference.inputs import ReceiverInputs
+from ..inference.memory_slots import slot_embeddings
 from ..inference.prefill import position_ids_from_mask
 from ..inference.rotary import Rotation
 from ..inference.sharer_cache import prefill_sharer
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .solver import MapSums, RidgeReport, choose_source_layers, solve_maps
+from .solver import (
+    MapSums,
+    RidgeReport,
+    choose_source_layers,
+    layer_targets,
+    mean_and_scale,
+    score_source_layers,
+    solve_maps,
+)
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1)
 #: Tokens that are added to the sums at once: an addition costs as much for few tokens as for many.
@@ -34,7 +44,7 @@ class AlignedStates:
     Attributes:
         sharer: The sharer's entries.
         receiver: The receiver's entries.
-        embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`.
+        embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`; of width 0 for a fuser without.
     """
 
     sharer: Entries
@@ -100,19 +110,9 @@ def fit_ridge(
     """
     if model.config.mode != "memory":
         raise ValueError(f"`fit_ridge` needs `mode='memory'`, but the model has {model.config.mode!r}.")
-    batches = iter(
-        tqdm(
-            _batches(texts, batch_size),
-            total=math.ceil(len(texts) / batch_size) if isinstance(texts, Sized) else None,
-            desc="Fitting",
-            unit="batch",
-            disable=not progress,
-        )
-    )
+    batches = batched_texts(texts, batch_size, progress)
     states = (aligned_states(model, processor, batch, sharer_index, max_length) for batch in batches)
-    first: list[AlignedStates] = []
-    while sum(map(len, first)) < num_selection_tokens and (batch_states := next(states, None)) is not None:
-        first.append(batch_states)
+    first = first_states(states, num_selection_tokens)
     period = max(2, round(1 / held_out_share))
     too_few = ValueError(
         f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give more "
@@ -151,16 +151,18 @@ def _start_fuser(model: C2CForCausalLM, sharer_index: int, states: AlignedStates
     for name, parts in (("sharer", states.sharer), ("receiver", states.receiver), ("embedding", [states.embeddings])):
         mean, scale = getattr(scaler, f"{name}_mean"), getattr(scaler, f"{name}_scale")
         if len(mean):
-            whole = torch.cat(parts, dim=-1).to(mean)
-            mean.copy_(whole.mean(0))
-            # Dimensions that hardly vary are not blown up.
-            scale.copy_(whole.std(0))
-            scale.clamp_min_(0.02 * float(scale.mean()) or 1.0)
+            for buffer, measured in zip((mean, scale), mean_and_scale(torch.cat(parts, dim=-1).to(mean)), strict=True):
+                buffer.copy_(measured)
     if choose_layers:
-        count = min(config.memory_source_layers, len(scaler.sharer_widths) // 2)
-        sharer_config.memory_source_layers = choose_source_layers(
-            scaler, states.sharer, states.receiver, states.embeddings, count
+        entries, embeddings = scaler.standardize(states.sharer, states.embeddings)
+        num_sharer_layers = len(entries) // 2
+        common = [] if embeddings is None else [embeddings]
+        features = (
+            torch.cat([entries[layer], entries[num_sharer_layers + layer], *common], dim=-1)
+            for layer in range(num_sharer_layers)
         )
+        scores = score_source_layers(features, layer_targets(scaler, states.receiver))
+        sharer_config.memory_source_layers = choose_source_layers(scores, config.memory_source_layers)
     fuser = MemoryFuser(config, sharer_config).to(device)
     buffers = dict(scaler.named_buffers())
     for name, buffer in fuser.named_buffers():
@@ -169,11 +171,22 @@ def _start_fuser(model: C2CForCausalLM, sharer_index: int, states: AlignedStates
     return fuser
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Batch the texts that are not blank."""
+def batched_texts(texts: Iterable[str], batch_size: int, progress: bool) -> Iterator[list[str]]:
+    """Batch the texts that are not blank, with a progress bar."""
     iterator = (text for text in texts if text.strip())
-    while batch := list(islice(iterator, size)):
-        yield batch
+    total = math.ceil(len(texts) / batch_size) if isinstance(texts, Sized) else None
+    with tqdm(total=total, desc="Fitting", unit="batch", disable=not progress) as bar:
+        while batch := list(islice(iterator, batch_size)):
+            yield batch
+            bar.update()
+
+
+def first_states(states: Iterator[AlignedStates], num_tokens: int) -> list[AlignedStates]:
+    """Take batches until they hold `num_tokens` tokens or end."""
+    first: list[AlignedStates] = []
+    while sum(map(len, first)) < num_tokens and (batch_states := next(states, None)) is not None:
+        first.append(batch_states)
+    return first
 
 
 def aligned_states(
@@ -188,35 +201,49 @@ def aligned_states(
         memory_grid="receiver",
         memory_sink_tokens=processor.memory_sink_tokens,
     )
-    contexts = [_cut(processor.tokenizer, text, max_length) for text in texts]
+    contexts = [cut_text(processor.tokenizer, text, max_length) for text in texts]
     if grid.chat_template is None:
         batch = grid(["."] * len(contexts), sharer_context=contexts)
     else:
         chat = [{"role": "user", "content": "."}]
         batch = grid.apply_chat_template([chat] * len(contexts), sharer_context=contexts)
-    rows, columns = (batch["sharer_alignment"] >= 0).nonzero(as_tuple=True)
-    receiver_rotations, *sharer_rotations = model.rotations()
+    return prefill_aligned(model, batch, sharer_index)
+
+
+def prefill_aligned(model: C2CForCausalLM, batch: Mapping[str, torch.Tensor], sharer_index: int) -> AlignedStates:
+    """Prefill both models and return the states of the aligned tokens, keys as the fuser takes them.
+
+    Args:
+        model: The pair.
+        batch: Output of a processor, with the inputs of this sharer alone.
+        sharer_index: Which sharer.
+    """
+    alignment, input_ids = batch["sharer_alignment"], batch["input_ids"]
+    rows, columns = (alignment >= 0).nonzero(as_tuple=True)
+    rotations = model.rotations() if model.config.needs_rotations else None
+    receiver_rotations, sharer_rotations = (rotations[0], rotations[1 + sharer_index]) if rotations else (None, None)
     embedding = model.get_input_embeddings()
-    input_ids = batch["input_ids"]
     sharer = _prefill_tokens(
         model.sharers[sharer_index],
         batch["sharer_input_ids"],
         batch["sharer_attention_mask"],
-        sharer_rotations[sharer_index],
+        sharer_rotations,
         rows,
-        batch["sharer_alignment"][rows, columns],
+        alignment[rows, columns],
     )
     receiver = _prefill_tokens(model.receiver, input_ids, batch["attention_mask"], receiver_rotations, rows, columns)
     device = next(model.fuser.parameters()).device
-    tokens = input_ids[rows, columns].to(next(embedding.parameters()).device)
+    inputs = ReceiverInputs(input_ids.to(next(embedding.parameters()).device), None, batch["attention_mask"], None)
+    fuser = model.fuser[sharer_index]
+    count = fuser.num_token_embeddings if isinstance(fuser, MemoryFuser) else 0
     return AlignedStates(
         [state.to(device) for state in sharer],
         [state.to(device) for state in receiver],
-        embedding(tokens).to(device),
+        slot_embeddings(inputs, embedding, rows, columns, count).to(device) if count else torch.zeros(len(rows), 0),
     )
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> str:
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> str:
     """Cut a text behind its first `max_length` tokens."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return text if len(offsets) <= max_length else text[: offsets[max_length - 1][1]]
@@ -226,10 +253,11 @@ def _prefill_tokens(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    rotations: Sequence[Rotation],
+    rotations: Sequence[Rotation] | None,
     rows: torch.Tensor,
     columns: torch.Tensor,
 ) -> Entries:
-    """Prefill a model and return the states of the tokens at `rows` and `columns`."""
+    """Prefill a model and return the states of the tokens at `rows` and `columns`; `None`: keys as cached."""
     cache = prefill_sharer(model, input_ids, attention_mask)
-    return position_free_tokens(cache, rotations, position_ids_from_mask(attention_mask), rows, columns)
+    key_positions = None if rotations is None else KeyPositions(rotations, position_ids_from_mask(attention_mask))
+    return TokenStates(cache.entries(), rows, columns, key_positions=key_positions).all_entries()

@@ -1,7 +1,9 @@
-"""Solves for the maps of a memory fuser: ridge regression from sums over tokens, of full rank or reduced rank."""
+"""Ridge regression: the maps of a memory fuser, of full or reduced rank, and which sharer layers suit a layer best."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers.utils.logging import tqdm
@@ -12,6 +14,10 @@ from ..fusers.memory import MemoryFuser
 _OVERSAMPLING, _ITERATIONS = 64, 4
 #: Penalty with which single layers are compared, relative to the mean variance.
 _SELECTION_ALPHA = 1e-2
+#: The block of token embeddings; the others are source layers.
+_EMBEDDINGS = -1
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -36,7 +42,7 @@ class RidgeReport:
     source_layers: list[list[int]]
 
 
-def _layer_targets(fuser: MemoryFuser, receiver_states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def layer_targets(fuser: MemoryFuser, receiver_states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Standardize the receiver's states: per layer keys and values side by side, `(num_tokens, width)`."""
     dtype, num_layers = fuser.receiver_mean.dtype, len(fuser.receiver_shapes)
     means, scales = (buffer.split(fuser.receiver_widths) for buffer in (fuser.receiver_mean, fuser.receiver_scale))
@@ -50,45 +56,55 @@ def _explained(truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     return 1 - error / torch.where(variance > 0, variance, error.clamp_min(1e-12))
 
 
-def choose_source_layers(
-    fuser: MemoryFuser,
-    sharer_states: Sequence[torch.Tensor],
-    receiver_states: Sequence[torch.Tensor],
-    embeddings: torch.Tensor,
-    count: int,
-) -> list[list[int]]:
-    """Choose per receiver layer the sharer layers which alone predict its states best on held-out tokens.
+def mean_and_scale(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation per dimension of `(num_tokens, width)`.
+
+    Dimensions that hardly vary are not blown up: their scale is at least 2 % of the mean one.
+    """
+    scale = states.std(0)
+    return states.mean(0), scale.clamp_min(0.02 * float(scale.mean()) or 1.0)
+
+
+def score_source_layers(features: Iterable[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Say how well each sharer layer alone predicts each receiver layer's states, on held-out tokens.
 
     Args:
-        fuser: Standardizes the states.
-        sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
-        receiver_states: The same of the receiver.
-        embeddings: `(num_tokens, embedding_size)`, the receiver's token embeddings, used where the fuser has them.
-        count: Number of layers to choose.
+        features: Per sharer layer `(num_tokens, in_features)`, standardized; one at a time is held in memory.
+        targets: Per receiver layer `(num_tokens, width)`, standardized. The last quarter of the tokens is held out.
 
     Returns:
-        Per receiver layer the chosen layers in ascending order.
+        `(num_sharer_layers, num_receiver_layers)`: the share of the variance that is explained, the mean over
+        dimensions.
     """
-    num_sharer_layers = len(fuser.sharer_widths) // 2
-    targets = _layer_targets(fuser, receiver_states)
-    widths, target = [own.shape[1] for own in targets], torch.cat(targets, dim=-1)
-    entries, standardized = fuser.standardize(sharer_states, embeddings)
-    common = [] if standardized is None else [standardized]
+    widths, target = [own.shape[1] for own in targets], torch.cat(list(targets), dim=-1)
     num_fitted = len(target) - len(target) // 4
-    scores = torch.zeros(num_sharer_layers, len(targets))
-    for source in range(num_sharer_layers):
-        features = torch.cat([entries[source], entries[num_sharer_layers + source], *common], dim=-1)
-        fitted = features[:num_fitted]
+    scores = []
+    for layer_features in features:
+        fitted = layer_features[:num_fitted]
         xx = fitted.T @ fitted
         penalty = _SELECTION_ALPHA * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
         weight = torch.linalg.solve(xx + penalty, fitted.T @ target[:num_fitted])
-        quality = _explained(target[num_fitted:], features[num_fitted:] @ weight)
-        scores[source] = torch.stack([part.mean() for part in quality.split(widths)])
-    return [sorted(scores[:, layer_idx].topk(count).indices.tolist()) for layer_idx in range(len(targets))]
+        quality = _explained(target[num_fitted:], layer_features[num_fitted:] @ weight)
+        scores.append(torch.stack([part.mean() for part in quality.split(widths)]))
+    return torch.stack(scores).cpu()
+
+
+def choose_source_layers(scores: torch.Tensor, count: int) -> list[list[int]]:
+    """Choose per receiver layer the sharer layers of the best scores, in ascending order.
+
+    Args:
+        scores: Of [`score_source_layers`].
+        count: Number of layers to choose, at most all.
+    """
+    count = min(count, len(scores))
+    return [sorted(column.topk(count).indices.tolist()) for column in scores.T]
 
 
 class MapSums:
     """Sums over tokens, whose size does not depend on their number, and the held-out tokens.
+
+    The features of a receiver layer are blocks side by side: one per source layer, and the token embeddings. Layers
+    share blocks, so each product of two blocks is summed up once.
 
     Args:
         fuser: Standardizes the states and names the source layers.
@@ -103,45 +119,83 @@ class MapSums:
         self.num_tokens = self.num_held_out = 0
         # Receiver layers with the same source layers have the same features.
         self._layers: dict[tuple[int, ...], list[int]] = {}
+        #: Receiver layers that are predicted from each block.
+        self._targets: dict[int, list[int]] = {}
         for layer_idx, sources in enumerate(fuser.source_layers):
             self._layers.setdefault(tuple(sources), []).append(layer_idx)
+            for block in self._blocks(sources):
+                self._targets.setdefault(block, []).append(layer_idx)
+        self._pairs = {
+            (first, second)
+            for sources in self._layers
+            for first, second in itertools.combinations_with_replacement(sorted(self._blocks(sources)), 2)
+        }
         self._held_out: list[tuple[list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]] = []
-        self._sums: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._x_sums: dict[int, torch.Tensor] = {}
+        self._y_sums: dict[int, torch.Tensor] = {}
+        self._xx: dict[tuple[int, int], torch.Tensor] = {}
+        self._xy: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _blocks(self, sources: Sequence[int]) -> list[int]:
+        """Return the blocks of a receiver layer's features, in order: source layers, and `_EMBEDDINGS`."""
+        return [*sources, _EMBEDDINGS] if self._fuser.num_token_embeddings else list(sources)
 
     def _prepare(
         self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, list[torch.Tensor]]:
         entries, standardized = self._fuser.standardize(sharer_states, embeddings)
-        return entries, standardized, _layer_targets(self._fuser, receiver_states)
+        return entries, standardized, layer_targets(self._fuser, receiver_states)
 
     def hold_out(
         self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
     ) -> None:
-        """Keep tokens by which the maps are evaluated; arguments as in [`choose_source_layers`]."""
+        """Keep tokens by which the maps are evaluated; arguments as in [`MapSums.add`]."""
         self.num_held_out += len(embeddings)
         self._held_out.append(self._prepare(sharer_states, receiver_states, embeddings))
 
     def add(
         self, sharer_states: Sequence[torch.Tensor], receiver_states: Sequence[torch.Tensor], embeddings: torch.Tensor
     ) -> None:
-        """Add tokens; arguments as in [`choose_source_layers`]."""
+        """Add tokens.
+
+        Args:
+            sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
+            receiver_states: The same of the receiver.
+            embeddings: `(num_tokens, embedding_size)`, the receiver's token embeddings, used where the fuser has them.
+        """
         self.num_tokens += len(embeddings)
         entries, standardized, targets = self._prepare(sharer_states, receiver_states, embeddings)
-        for sources, layers in self._layers.items():
-            features = self._fuser.features(entries, standardized, layers[0])
-            own = torch.cat([targets[layer_idx] for layer_idx in layers], dim=-1)
-            # Products of a few thousand tokens in float32, sums in float64.
-            parts = [features.sum(0), own.sum(0), features.T @ features, features.T @ own]
-            sums = self._sums.setdefault(sources, [torch.zeros_like(part, dtype=torch.float64) for part in parts])
-            for total, part in zip(sums, parts, strict=True):
-                total += part
+        num_layers = len(entries) // 2
+        blocks = {
+            block: torch.cat([entries[block], entries[num_layers + block]], dim=-1)
+            for block in self._targets
+            if block != _EMBEDDINGS
+        }
+        if standardized is not None:
+            blocks[_EMBEDDINGS] = standardized
+        # Products of a few thousand tokens in float32, sums in float64.
+        for layer_idx, target in enumerate(targets):
+            _add(self._y_sums, layer_idx, target.sum(0))
+        for block, layers in self._targets.items():
+            _add(self._x_sums, block, blocks[block].sum(0))
+            products = blocks[block].T @ torch.cat([targets[layer_idx] for layer_idx in layers], dim=-1)
+            widths = [targets[layer_idx].shape[1] for layer_idx in layers]
+            for layer_idx, product in zip(layers, products.split(widths, dim=-1), strict=True):
+                _add(self._xy, (block, layer_idx), product)
+        for first, second in self._pairs:
+            _add(self._xx, (first, second), blocks[first].T @ blocks[second])
 
-    def problems(self) -> "list[tuple[list[int], _Problem]]":
-        """Return per group of receiver layers with the same features the layers and their regression."""
-        problems = []
+    def _product(self, first: int, second: int) -> torch.Tensor:
+        return self._xx[first, second] if (first, second) in self._xx else self._xx[second, first].T
+
+    def problems(self) -> "Iterator[tuple[list[int], _Problem]]":
+        """Yield per group of receiver layers with the same features the layers and their regression."""
         for sources, layers in self._layers.items():
-            x_sum, y_sum, xx, xy = self._sums[sources]
-            x_mean, y_mean = x_sum / self.num_tokens, y_sum / self.num_tokens
+            blocks = self._blocks(sources)
+            xx = torch.cat([torch.cat([self._product(first, second) for second in blocks], 1) for first in blocks])
+            xy = torch.cat([torch.cat([self._xy[block, layer_idx] for layer_idx in layers], 1) for block in blocks])
+            x_mean = torch.cat([self._x_sums[block] for block in blocks]) / self.num_tokens
+            y_mean = torch.cat([self._y_sums[layer_idx] for layer_idx in layers]) / self.num_tokens
             held_x = torch.cat([self._fuser.features(x, e, layers[0]) for x, e, _ in self._held_out])
             held_y = torch.cat(
                 [torch.cat([y[layer_idx] for layer_idx in layers], dim=-1) for _, _, y in self._held_out]
@@ -154,8 +208,11 @@ class MapSums:
                 held_x - x_mean.to(held_x),
                 held_y - y_mean.to(held_y),
             )
-            problems.append((layers, problem))
-        return problems
+            yield layers, problem
+
+
+def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:
+    sums[key] = sums[key] + part if key in sums else part.double()
 
 
 @dataclass

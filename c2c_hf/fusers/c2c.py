@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..configuration_c2c import C2CConfig, SharerConfig, layer_mapping
+from ..configuration_c2c import C2CConfig, SharerConfig, layer_mapping, several_source_layers
 from .grouped_linear import GroupedFeedForward, GroupedLinear, WeightSelector, select_entries, select_from_copies
 
 #: How many bytes of hidden states the CPU computes at once, so that they stay in its caches. All entries at once take
@@ -136,18 +136,13 @@ class FuserGroup(nn.Module):
 
     Args:
         entries: Index of each entry of the group in the fuser's list: every layer's keys, then every layer's values.
-        sharer_width: Heads x head_dim of the sharer's states.
-        receiver_width: Heads x head_dim of the receiver's states.
-        num_heads: The receiver's key/value heads.
-        sizes: The projector's width, depth and dropout.
+        projector: Of these entries.
     """
 
-    def __init__(
-        self, entries: Sequence[int], sharer_width: int, receiver_width: int, num_heads: int, sizes: SharerConfig
-    ) -> None:
+    def __init__(self, entries: Sequence[int], projector: Projector) -> None:
         super().__init__()
         self.entries = list(entries)
-        self.projector = Projector(len(self.entries), sharer_width, receiver_width, num_heads, sizes)
+        self.projector = projector
         self.gate = Gate(len(self.entries))
         #: Whether training recomputes hidden states in the backward pass rather than keep them.
         self.gradient_checkpointing = False
@@ -218,13 +213,36 @@ class FuserPart(NamedTuple):
         group: Their group.
         selected: Which of the group's active entries they are.
         entries: The receiver's entry of each: layer index, for values after all layers' keys.
-        sources: The sharer's entry of each, likewise.
+        sources: The sharer's entries of each, likewise, whose states it gets side by side.
     """
 
     group: FuserGroup
     selected: slice
     entries: list[int]
-    sources: list[int]
+    sources: list[list[int]]
+
+
+def source_entries(config: C2CConfig, num_sharer_layers: int, chosen: list[list[int]] | None) -> list[list[int]]:
+    """Return the sharer's entries of every receiver entry: layer indices, for values after all layers' keys.
+
+    Args:
+        config: Receiver layer shapes, `layer_alignment`, `fusion_source_layers` and `joint_keys_values`.
+        num_sharer_layers: Number of layers in the sharer's cache.
+        chosen: The sharer layers of every receiver layer, for `layer_alignment="learned"`.
+
+    Raises:
+        ValueError: `chosen` does not fit.
+    """
+    num_layers = len(config.receiver_layer_shapes or [])
+    if config.layer_alignment == "learned":
+        layers = several_source_layers(
+            "fusion_source_layers", chosen, num_layers, num_sharer_layers, config.fusion_source_layers
+        )
+    else:
+        layers = [[layer] for layer in layer_mapping(num_layers, num_sharer_layers, config.layer_alignment)]
+    if config.joint_keys_values:
+        return [[kind * num_sharer_layers + layer for layer in own for kind in (0, 1)] for own in layers] * 2
+    return [[kind * num_sharer_layers + layer for layer in own] for kind in (0, 1) for own in layers]
 
 
 class C2CFuser(nn.Module):
@@ -235,21 +253,27 @@ class C2CFuser(nn.Module):
         sharer: Sharer layer shapes and sizes.
     """
 
+    #: What computes a group of entries.
+    projector_class: type[Projector] = Projector
+
     gate_temperature: torch.Tensor
 
     def __init__(self, config: C2CConfig, sharer: SharerConfig) -> None:
         super().__init__()
         receiver_shapes, sharer_shapes = config.receiver_layer_shapes or [], sharer.layer_shapes or []
-        mapping = layer_mapping(len(receiver_shapes), len(sharer_shapes), config.layer_alignment)
         self.num_layers = len(receiver_shapes)
-        #: The sharer's entry that each receiver entry is fused with.
-        self.sources = [*mapping, *(len(sharer_shapes) + layer_idx for layer_idx in mapping)]
+        #: The sharer's entries that each receiver entry is fused with.
+        self.sources = source_entries(config, len(sharer_shapes), sharer.fusion_source_layers)
         receiver_widths, sharer_widths = _widths(receiver_shapes), _widths(sharer_shapes)
         members: dict[tuple[int, int, int], list[int]] = {}
-        for entry, source in enumerate(self.sources):
+        for entry, sources in enumerate(self.sources):
+            sharer_width = sum(sharer_widths[source] for source in sources)
             num_heads = receiver_shapes[entry % self.num_layers][0]
-            members.setdefault((sharer_widths[source], receiver_widths[entry], num_heads), []).append(entry)
-        groups = [FuserGroup(entries, *shape, sharer) for shape, entries in members.items()]
+            members.setdefault((sharer_width, receiver_widths[entry], num_heads), []).append(entry)
+        groups = [
+            FuserGroup(entries, self.projector_class(len(entries), *shape, sharer))
+            for shape, entries in members.items()
+        ]
         if config.fuser_initialization == "zero_output":
             for group in groups:
                 nn.init.ones_(group.gate.gate_logit)
@@ -281,7 +305,7 @@ class C2CFuser(nn.Module):
         Args:
             part: One of [`C2CFuser.parts`].
             sharer_states: `(num_entries, num_tokens, sharer_width)`, the entries `part.sources` at the aligned
-                positions.
+                positions, those of one receiver entry side by side.
             receiver_states: `(num_entries, num_tokens, receiver_width)`, the entries `part.entries` there.
 
         Returns:

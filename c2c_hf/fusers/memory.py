@@ -5,15 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..configuration_c2c import C2CConfig, LayerShape, SharerConfig, layer_mapping
-
-
-def neighbouring_layers(num_receiver_layers: int, num_sharer_layers: int, count: int) -> list[list[int]]:
-    """Return `count` source layers per receiver layer: neighbours around its relative depth."""
-    count = min(count, num_sharer_layers)
-    centers = layer_mapping(num_receiver_layers, num_sharer_layers, "depth_normalized")
-    starts = [min(max(0, center - count // 2), num_sharer_layers - count) for center in centers]
-    return [list(range(start, start + count)) for start in starts]
+from ..configuration_c2c import C2CConfig, LayerShape, SharerConfig, several_source_layers
 
 
 class SwiGLU(nn.Module):
@@ -87,10 +79,10 @@ class MemoryFuser(nn.Module):
         #: Heads x head_dim of every layer's keys, then of every layer's values.
         self.sharer_widths = [int(shape[0] * shape[i]) for i in (1, 2) for shape in sharer_shapes]
         self.receiver_widths = [shape[0] * shape[i] for i in (1, 2) for shape in self.receiver_shapes]
-        #: Width of the receiver's token embeddings, 0 where they are no features.
-        self.embedding_size = 0
-        if config.memory_grid == "receiver" and config.memory_token_embeddings:
-            self.embedding_size = config.receiver_embedding_size or 0
+        #: Number of the receiver's token embeddings per slot: its own token's, and those of the tokens before it.
+        self.num_token_embeddings = config.memory_token_embeddings if config.memory_grid == "receiver" else 0
+        #: Width of these embeddings together.
+        self.embedding_size = self.num_token_embeddings * (config.receiver_embedding_size or 0)
         for name, width in (
             ("sharer", sum(self.sharer_widths)),
             ("receiver", sum(self.receiver_widths)),
@@ -98,17 +90,14 @@ class MemoryFuser(nn.Module):
         ):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_scale", torch.ones(width))
-        num_layers, num_sharer_layers = len(self.receiver_shapes), len(sharer_shapes)
-        sources = sharer.memory_source_layers
-        if sources is None:
-            sources = neighbouring_layers(num_layers, num_sharer_layers, config.memory_source_layers)
-        if len(sources) != num_layers or any(not 0 <= i < num_sharer_layers for own in sources for i in own):
-            raise ValueError(
-                f"`memory_source_layers` of a sharer must hold layers below {num_sharer_layers} for each of the "
-                f"{num_layers} receiver layers, but got {sources}."
-            )
         #: The source layers of each receiver layer.
-        self.source_layers = [list(own) for own in sources]
+        self.source_layers = several_source_layers(
+            "memory_source_layers",
+            sharer.memory_source_layers,
+            len(self.receiver_shapes),
+            len(sharer_shapes),
+            config.memory_source_layers,
+        )
         self.maps: Sequence[MemoryMap] = nn.ModuleList(  # type: ignore[assignment]
             MemoryMap(
                 sum(self.sharer_widths[entry] for entry in self.entries(layer_idx)) + self.embedding_size,
@@ -144,7 +133,7 @@ class MemoryFuser(nn.Module):
         states = [
             (own.to(dtype) - mean) / scale for own, mean, scale in zip(sharer_states, means, scales, strict=True)
         ]
-        if not self.embedding_size:
+        if not self.num_token_embeddings:
             return states, None
         if token_embeddings is None:
             raise ValueError("`token_embeddings` must be given to a fuser with `memory_token_embeddings`.")
@@ -174,8 +163,8 @@ class MemoryFuser(nn.Module):
         Args:
             sharer_states: `(num_tokens, heads * head_dim)` per entry: every layer's keys, free of rotary position,
                 then every layer's values; one row per slot.
-            token_embeddings: `(num_tokens, embedding_size)`, the receiver's embedding of each slot's token; `None`
-                for a fuser without them.
+            token_embeddings: `(num_tokens, embedding_size)`, the receiver's embeddings of each slot's token and of
+                those before it, see [`~inference.memory_slots.slot_embeddings`]; `None` for a fuser without them.
 
         Returns:
             Per receiver layer its keys, free of rotary position, and values:

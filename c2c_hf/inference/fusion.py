@@ -11,6 +11,7 @@ import torch
 
 from ..fusers.c2c import C2CFuser
 from .prefill import LayerStates
+from .rotary import Rotation
 from .sharer_cache import SharerCache
 
 #: Per token its batch row, its position in the receiver's text and its position in the sharer's, `(num_tokens,)` each.
@@ -183,12 +184,32 @@ def aligned_tokens(alignment: torch.Tensor) -> AlignedTokens:
     return rows, columns, alignment[rows, columns]
 
 
+@dataclass
+class KeyPositions:
+    """What makes cached keys free of rotary position.
+
+    Attributes:
+        rotations: The rotary embedding of each layer's keys.
+        position_ids: `(batch_size, seq_len)`, of the tokens whose states are cached.
+    """
+
+    rotations: Sequence[Rotation]
+    position_ids: torch.Tensor
+
+    def of_tokens(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return the positions of chosen tokens, `(num_tokens,)`."""
+        device = self.position_ids.device
+        return self.position_ids[rows.to(device), columns.to(device)]
+
+
 def fuse_states(
     fusers: Sequence[C2CFuser],
     sharer_caches: Sequence[SharerCache | None],
     receiver_states: LayerStates,
     tokens: Sequence[AlignedTokens],
     fusion_mode: str,
+    receiver_positions: KeyPositions | None = None,
+    sharer_positions: Sequence[KeyPositions] | None = None,
 ) -> None:
     """Fuse the receiver's states in place.
 
@@ -199,23 +220,26 @@ def fuse_states(
         tokens: Per sharer the fused tokens.
         fusion_mode: `"parallel"`: all fusers take the receiver's own states and their changes are summed;
             `"sequential"`: each takes the states as the fuser before it left them.
+        receiver_positions: For fusers that take keys free of rotary position; `None`: they take keys as cached.
+        sharer_positions: The same of each sharer.
     """
     receiver_entries = [keys for keys, _ in receiver_states] + [values for _, values in receiver_states]
-    pairs = [
-        (
-            fuser,
-            TokenStates(sharer_cache.entries(), rows, sharer_positions, fuser.gate_temperature.device),
-            TokenStates(receiver_entries, rows, positions, fuser.gate_temperature.device),
-        )
-        for fuser, sharer_cache, (rows, positions, sharer_positions) in zip(fusers, sharer_caches, tokens, strict=True)
-        if sharer_cache is not None and len(rows) > 0
-    ]
+    pairs = []
+    all_positions: Sequence[KeyPositions | None] = sharer_positions or [None] * len(fusers)
+    for fuser, sharer_cache, (rows, columns, sharer_columns), own_positions in zip(
+        fusers, sharer_caches, tokens, all_positions, strict=True
+    ):
+        if sharer_cache is not None and len(rows) > 0:
+            device = fuser.gate_temperature.device
+            sharer_tokens = TokenStates(sharer_cache.entries(), rows, sharer_columns, device, own_positions)
+            receiver_tokens = TokenStates(receiver_entries, rows, columns, device, receiver_positions)
+            pairs.append((fuser, sharer_tokens, receiver_tokens))
     # With a single fuser each part is added immediately, which saves memory.
     at_once = fusion_mode == "parallel" and len(pairs) > 1
     pending: list[tuple[TokenStates, list[int], torch.Tensor]] = []
     for fuser, sharer_tokens, receiver_tokens in pairs:
         for part in fuser.parts(len(receiver_tokens), receiver_entries[0].dtype):
-            change = fuser(part, sharer_tokens.gather(part.sources), receiver_tokens.gather(part.entries))
+            change = fuser(part, sharer_tokens.gather_joined(part.sources), receiver_tokens.gather(part.entries))
             if at_once:
                 pending.append((receiver_tokens, part.entries, change))
             else:
@@ -233,6 +257,8 @@ class TokenStates:
         rows: `(num_tokens,)` on the CPU, the tokens' batch rows.
         positions: `(num_tokens,)` on the CPU, their positions in the sequence.
         device: Where gathered states are wanted. `None`: where their entries are.
+        key_positions: Gathered keys are free of rotary position, and what is added is rotated to their positions.
+            `None`: both are as cached.
     """
 
     def __init__(
@@ -241,8 +267,13 @@ class TokenStates:
         rows: torch.Tensor,
         positions: torch.Tensor,
         device: torch.device | None = None,
+        key_positions: KeyPositions | None = None,
     ) -> None:
         self._entries, self._device = entries, device
+        self._rotations: Sequence[Rotation] = ()
+        if key_positions is not None:
+            self._rotations = key_positions.rotations
+            self._positions = key_positions.of_tokens(rows, positions)
         self._index = (rows, positions)
         self._columns = _common_columns(rows, positions, entries[0].shape[0])
 
@@ -257,9 +288,12 @@ class TokenStates:
         """
         states = self._entries[index].transpose(1, 2)
         if self._columns is None:
-            tokens = states[self._index_on(states.device)].flatten(1)
+            heads = states[self._index_on(states.device)]
         else:
-            tokens = states[:, self._columns].flatten(2).flatten(0, 1)
+            heads = states[:, self._columns].flatten(0, 1)
+        if index < len(self._rotations):
+            heads = self._rotations[index].remove(heads, self._positions)
+        tokens = heads.flatten(1)
         return tokens if self._device is None else tokens.to(self._device)
 
     def all_entries(self) -> list[torch.Tensor]:
@@ -269,6 +303,10 @@ class TokenStates:
     def gather(self, indices: Sequence[int]) -> torch.Tensor:
         """Return the tokens of several entries of equal width, `(num_entries, num_tokens, num_heads * head_dim)`."""
         return torch.stack([self.entry(index) for index in indices])
+
+    def gather_joined(self, indices: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the same with several entries side by side, `(len(indices), num_tokens, their width together)`."""
+        return torch.stack([torch.cat([self.entry(index) for index in joined], dim=-1) for joined in indices])
 
     def add(self, indices: Sequence[int], change: torch.Tensor) -> None:
         """Add to the tokens of several entries, in place.
@@ -281,6 +319,8 @@ class TokenStates:
             states = self._entries[index].transpose(1, 2)
             # Under autocast a float32 model has keys in float32, because of their rotation, beside values in bfloat16.
             added = entry_change.to(states).unflatten(-1, states.shape[2:])
+            if index < len(self._rotations):
+                added = self._rotations[index].apply(added, self._positions)
             where: tuple[torch.Tensor | slice, ...]
             if self._columns is None:
                 where = self._index_on(states.device)

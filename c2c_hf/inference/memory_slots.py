@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..fusers.memory import MemoryFuser
-from .fusion import AlignedTokens, TokenStates, aligned_tokens
+from .fusion import AlignedTokens, KeyPositions, TokenStates, aligned_tokens
 from .inputs import ReceiverInputs, SharerInputs
 from .prefill import LayerStates, cached_states, full_length_cache, prefill
 from .rotary import Rotation
@@ -179,15 +179,15 @@ def fill_memory_slots(
     ):
         if sharer_cache is None or len(rows) == 0:
             continue
-        tokens = position_free_tokens(
-            sharer_cache, sharer_rotations[index], sharers[index].positions(), rows, positions
-        )
+        key_positions = KeyPositions(sharer_rotations[index], sharers[index].positions())
+        tokens = TokenStates(sharer_cache.entries(), rows, positions, key_positions=key_positions).all_entries()
         device = next(fuser.parameters()).device
         slots = _pick(inputs.positions(), rows, columns)
         where = (rows.to(device), columns.to(device))
         embeddings = None
-        if fuser.embedding_size:
-            embeddings = _slot_embeddings(inputs, token_embeddings, rows, columns).to(device)
+        if fuser.num_token_embeddings:
+            count = fuser.num_token_embeddings
+            embeddings = slot_embeddings(inputs, token_embeddings, rows, columns, count).to(device)
         slot_states = fuser([token_states.to(device) for token_states in tokens], embeddings)
         for layer_idx, (keys, values) in enumerate(slot_states):
             keys = receiver_rotations[layer_idx].apply(keys, slots)
@@ -202,41 +202,31 @@ def fill_memory_slots(
     return filled
 
 
-def position_free_tokens(
-    sharer_cache: SharerCache,
-    rotations: Sequence[Rotation],
-    position_ids: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Gather tokens of a sharer's cache, their keys free of rotary position.
+def slot_embeddings(
+    inputs: ReceiverInputs, token_embeddings: nn.Module, rows: torch.Tensor, columns: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Return the receiver's embeddings of the slots' tokens and of those before them.
 
     Args:
-        sharer_cache: The sharer's cache.
-        rotations: The rotary embedding of each of its layers.
-        position_ids: `(batch_size, sharer_len)`, of the sharer's tokens.
-        rows: `(num_tokens,)`, batch rows.
-        positions: `(num_tokens,)`, columns of its text.
+        inputs: The receiver's inputs.
+        token_embeddings: The receiver's input embeddings.
+        rows: `(num_tokens,)`, batch rows of the slots.
+        columns: `(num_tokens,)`, their columns.
+        count: Number of tokens per slot: its own, the one before it, and so on.
 
     Returns:
-        `(num_tokens, heads * head_dim)` per entry: every layer's keys, then every layer's values.
+        `(num_tokens, count * embedding_size)`, that of the slot's own token first; 0 where no token is before it.
     """
-    entries = sharer_cache.entries()
-    tokens = TokenStates(entries, rows, positions).all_entries()
-    places = _pick(position_ids, rows, positions)
-    for layer_idx, rotation in enumerate(rotations):
-        keys = tokens[layer_idx].unflatten(-1, (entries[layer_idx].shape[1], -1))
-        tokens[layer_idx] = rotation.remove(keys, places).flatten(1)
-    return tokens
-
-
-def _slot_embeddings(
-    inputs: ReceiverInputs, token_embeddings: nn.Module, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
-    """Return the receiver's embeddings of the slots' tokens, `(num_tokens, embedding_size)`."""
-    if inputs.inputs_embeds is not None:
-        return _pick(inputs.inputs_embeds, rows, columns)
-    return token_embeddings(_pick(inputs.tokens, rows, columns))
+    is_token, parts = inputs.new_mask().bool(), []
+    for distance in range(count):
+        places = (columns - distance).clamp_min(0)
+        if inputs.inputs_embeds is not None:
+            part = _pick(inputs.inputs_embeds, rows, places)
+        else:
+            part = token_embeddings(_pick(inputs.tokens, rows, places))
+        exists = _pick(is_token, rows, places) & (columns >= distance).to(is_token.device)
+        parts.append(part * exists.unsqueeze(-1).to(part))
+    return torch.cat(parts, dim=-1)
 
 
 def _pick(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

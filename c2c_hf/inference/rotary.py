@@ -102,8 +102,8 @@ def layer_rotations(model: PreTrainedModel, role: str) -> list[Rotation]:
         errors = [_error(candidate, keys, positions) for candidate in candidates]
         if min(errors) > _TOLERANCE:
             raise ValueError(
-                f"`{role}`: the keys of {type(model).__name__} have a rotary position that `mode='memory'` does not "
-                "know; use `mode='fusion'`."
+                f"`{role}`: the keys of {type(model).__name__} have a rotary position that `mode='memory'` and "
+                "`unrotate_keys=True` do not know; use `mode='fusion'` without the latter."
             )
         rotations.append(candidates[errors.index(min(errors))])
     return rotations

@@ -27,7 +27,11 @@ from .tokenization import ANSWER_FORMATS, QUESTION_TEMPLATE
 
 #: Fields of [`ModelArguments`] that are fields of the configuration.
 _CONFIG_FIELDS = (
+    "fuser_type",
     "layer_alignment",
+    "fusion_source_layers",
+    "joint_keys_values",
+    "unrotate_keys",
     "fusion_mode",
     "fuser_initialization",
     "initial_gate_temperature",
@@ -59,7 +63,11 @@ class ModelArguments:
         device_map: Placement of each base model.
         receiver_kwargs: Further arguments of the receiver's `from_pretrained`.
         sharer_kwargs: Further arguments of each sharer's `from_pretrained`.
-        layer_alignment: This and the following, see [`C2CConfig`]. `None`: as there, or as the `fuser` has it.
+        fuser_type: This and the following, see [`C2CConfig`]. `None`: as there, or as the `fuser` has it.
+        layer_alignment: See [`C2CConfig`].
+        fusion_source_layers: See [`C2CConfig`].
+        joint_keys_values: See [`C2CConfig`].
+        unrotate_keys: See [`C2CConfig`].
         fusion_mode: See [`C2CConfig`].
         fuser_initialization: See [`C2CConfig`].
         initial_gate_temperature: See [`C2CConfig`].
@@ -89,7 +97,11 @@ class ModelArguments:
     device_map: str | None = None
     receiver_kwargs: dict | str | None = None
     sharer_kwargs: dict | str | None = None
+    fuser_type: str | None = None
     layer_alignment: str | None = None
+    fusion_source_layers: int | None = None
+    joint_keys_values: bool | None = None
+    unrotate_keys: bool | None = None
     fusion_mode: str | None = None
     fuser_initialization: str | None = None
     initial_gate_temperature: float | None = None

@@ -57,9 +57,9 @@ def test_description_of_a_fuser(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "maps"),
     [
-        ({}, "3 sharer layers per receiver layer, with token embeddings, full rank"),
+        ({}, "3 sharer layers per receiver layer, 2 token embeddings per slot, full rank"),
         (
-            {"memory_rank": 4, "memory_hidden_size": 6, "memory_source_layers": 2, "memory_token_embeddings": False},
+            {"memory_rank": 4, "memory_hidden_size": 6, "memory_source_layers": 2, "memory_token_embeddings": 0},
             "2 sharer layers per receiver layer, rank 4, hidden 6",
         ),
     ],

@@ -173,7 +173,7 @@ def naive_gate_weight(answerer: C2CAnswerer, prompt: str) -> float:
         for position, aligned in enumerate(alignment[0].tolist()):
             for entry in range(2 * fuser.num_layers) if aligned >= 0 else ():
                 _, weight = hidden_and_weight(
-                    fuser, entry, sharer_states[fuser.sources[entry]][aligned], own[entry][position]
+                    fuser, entry, sharer_states[fuser.sources[entry][0]][aligned], own[entry][position]
                 )
                 weights += weight.tolist()
     return sum(weights) / len(weights)

@@ -10,7 +10,7 @@ from tokenizers_for_tests import byte_level_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
 from c2c_hf.fitting.ridge import aligned_states, fit_ridge
-from c2c_hf.fitting.solver import choose_source_layers
+from c2c_hf.fitting.solver import choose_source_layers, layer_targets, score_source_layers
 from c2c_hf.fusers.memory import MemoryFuser
 from c2c_hf.training.dataset import prepare_dataset
 
@@ -18,7 +18,7 @@ from c2c_hf.training.dataset import prepare_dataset
 @torch.no_grad()
 def test_recovers_the_identity() -> None:
     """Where the sharer prefills the same tokens at the same places, memory equals the receiver's own prefill."""
-    model, processor = memory_pair(same=True, sink=0, memory_token_embeddings=False)
+    model, processor = memory_pair(same=True, sink=0, memory_token_embeddings=0)
     # Without a chat template nothing is in front of the context on either side.
     processor.chat_template = None
     report = fit_ridge(model, processor, texts(120), alphas=[1e-9, 1e-6], choose_layers=False, progress=False)
@@ -32,7 +32,8 @@ def test_recovers_the_identity() -> None:
 @torch.no_grad()
 def test_is_the_least_squares_solution() -> None:
     """As torch solves the same problem from all tokens at once."""
-    model, processor = memory_pair(same=False)
+    # One embedding: there are few tokens.
+    model, processor = memory_pair(same=False, memory_token_embeddings=1)
     # The second of two batches is held out.
     report = fit_ridge(model, processor, texts(15)[:16], alphas=[1e-8], held_out_share=0.5, progress=False)
     fuser = model.fuser[0]
@@ -63,14 +64,16 @@ def test_a_wide_bottleneck_explains_as_much_as_full_rank() -> None:
 @torch.no_grad()
 def test_the_best_source_layers_are_chosen() -> None:
     """A sharer that is the receiver with its layers in another order: each layer is found, and recorded."""
-    model, processor = memory_pair(same=True, sink=0, memory_token_embeddings=False)
+    model, processor = memory_pair(same=True, sink=0, memory_token_embeddings=0)
     processor.chat_template = None
     num_layers = len(model.fuser[0].maps)
     fuser = model.fuser[0]
     states = aligned_states(model, processor, texts(40), 0, 512)
     order = list(reversed(range(num_layers)))
     shuffled = [states.sharer[half * num_layers + i] for half in (0, 1) for i in order]
-    assert choose_source_layers(fuser, shuffled, states.receiver, states.embeddings, 1) == [[i] for i in order]
+    features = (torch.cat([shuffled[i], shuffled[num_layers + i]], dim=-1) for i in range(num_layers))
+    scores = score_source_layers(features, layer_targets(fuser, states.receiver))
+    assert choose_source_layers(scores, 1) == [[i] for i in order]
     fit_ridge(model, processor, texts(120), progress=False)
     assert model.config.sharers[0].memory_source_layers == [[i] for i in range(num_layers)]
     assert model.fuser[0].source_layers == model.config.sharers[0].memory_source_layers
@@ -79,7 +82,7 @@ def test_the_best_source_layers_are_chosen() -> None:
 @torch.no_grad()
 def test_token_embeddings_explain_more() -> None:
     scores = {}
-    for name, fields in {"with": {}, "without": {"memory_token_embeddings": False}}.items():
+    for name, fields in {"with": {}, "without": {"memory_token_embeddings": 0}}.items():
         model, processor = memory_pair(same=False, **fields)
         report = fit_ridge(model, processor, texts(120), batch_size=4, progress=False)
         scores[name] = sum(report.r2_keys + report.r2_values)

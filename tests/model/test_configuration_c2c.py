@@ -102,13 +102,19 @@ def test_layer_mapping(receiver: int, sharer: int, alignment: str, expected: lis
     [
         (
             {"layer_alignment": "first"},
-            r"`layer_alignment` must be one of \['terminal', 'depth_normalized'\], but got",
+            r"`layer_alignment` must be one of \['terminal', 'depth_normalized', 'learned'\], but got",
         ),
         ({"token_alignment": "words"}, r"`token_alignment` must be one of \['identity', .*'words'"),
         ({"token_alignment": ["span", "span"]}, r"`token_alignment` must be one value, or one per sharer \(1\)"),
         ({"mode": "all"}, "`mode` must be one of"),
         ({"fusion_mode": "both"}, "`fusion_mode` must be one of"),
         ({"fuser_type": "mlp"}, "`fuser_type` must be one of"),
+        ({"fuser_type": "c2c_complex", "mode": "memory"}, r"\['fuser_type'\] need `mode='fusion'`"),
+        ({"unrotate_keys": True, "mode": "memory"}, r"\['unrotate_keys'\] need `mode='fusion'`"),
+        ({"unrotate_keys": 1}, "`unrotate_keys` must be True or False, but got 1"),
+        ({"joint_keys_values": None}, "`joint_keys_values` must be True or False"),
+        ({"fusion_source_layers": 0}, "`fusion_source_layers` must be an integer of at least 1"),
+        ({"fusion_source_layers": 2}, "`fusion_source_layers` must be 1 without `layer_alignment='learned'`"),
         ({"fuse_response": True}, "`fuse_response=True` needs a token-by-token `token_alignment`"),
         (
             {"fuse_response": True, "token_alignment": ["span"]},

@@ -15,7 +15,19 @@ from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.checkpoints.base_models import AbsentSharer
 from c2c_hf.checkpoints.receiver_adapter import add_adapter
 
-CELLS = list(itertools.product(("fusion", "memory"), (1, 2), ("plain", "adapter"), ("present", "absent")))
+#: The modes, and the fields that make a cell's fuser.
+FUSERS: dict[str, dict[str, Any]] = {
+    "fusion": {},
+    "memory": {"mode": "memory"},
+    "complex": {
+        "fuser_type": "c2c_complex",
+        "layer_alignment": "learned",
+        "fusion_source_layers": 2,
+        "joint_keys_values": True,
+        "unrotate_keys": True,
+    },
+}
+CELLS = list(itertools.product(FUSERS, (1, 2), ("plain", "adapter"), ("present", "absent")))
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 TEXTS = ["Where is Paris?", "Who counted the ships before breakfast?"]
 CONTEXTS = ["The keeper counted ships", "Paris is the capital of France."]
@@ -24,9 +36,9 @@ CONTEXTS = ["The keeper counted ships", "Paris is the capital of France."]
 class Cell:
     """A model with an open fuser, its processor, and the inputs of both texts."""
 
-    def __init__(self, mode: str, num_sharers: int, adapter: str, sharers: str) -> None:
+    def __init__(self, fuser: str, num_sharers: int, adapter: str, sharers: str) -> None:
         torch.manual_seed(3)
-        model = make_model(num_sharers, mode=mode, fuser_dropout=0.0)
+        model = make_model(num_sharers, **FUSERS[fuser], fuser_dropout=0.0)
         if adapter == "adapter":
             add_adapter(model.receiver, LoraConfig(r=2, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM"))
         with torch.no_grad():
@@ -36,10 +48,10 @@ class Cell:
                 elif name.startswith("fuser.") and parameter.dim() > 1 or ".lora_B." in name:
                     parameter.normal_(0, parameter.shape[-1] ** -0.5)
         own = make_processor(sharers=num_sharers)
-        self.processor = C2CProcessor(own.tokenizer, own.sharer_tokenizers, "span", mode=mode)
+        self.processor = C2CProcessor(own.tokenizer, own.sharer_tokenizers, "span", mode=model.config.mode)
         self.whole, self.model = model.eval(), model
         if sharers == "absent":
-            model.rotations() if mode == "memory" else None
+            model.rotations() if model.config.needs_rotations else None
             absent = [AbsentSharer(sharer.config) for sharer in model.sharers]
             self.model = C2CForCausalLM(model.config, model.receiver, absent).eval()
             self.model.load_state_dict(model.fuser.state_dict(prefix="fuser."), strict=False)

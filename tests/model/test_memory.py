@@ -270,5 +270,7 @@ def test_unknown_rotations_are_refused() -> None:
     model.model.layers[1].self_attn.forward = lambda *args, **kwargs: original(
         *args, **{**kwargs, "position_embeddings": tuple(p * p for p in kwargs["position_embeddings"])}
     )
-    with pytest.raises(ValueError, match="have a rotary position that `mode=.memory.. does not know"):
+    with pytest.raises(
+        ValueError, match="have a rotary position that `mode=.memory.. and `unrotate_keys=True` do not"
+    ):
         layer_rotations(model, "receiver")

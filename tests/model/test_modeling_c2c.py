@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers.masking_utils
 from conftest import PAIRS, close_gates, pad_rows, pair_id, random_ids, tiny_c2c
 from naive import naive_greedy, naive_prefill, own_positions
@@ -41,6 +42,71 @@ def test_equals_naive_fusion(pair: tuple[str, list[str]], fusion_mode: str) -> N
     with model.disable_fusion():
         alone = model(input_ids=ids[None]).logits[0]
     assert (alone[-1] - expected[-1]).abs().max() > 0.1, "the fuser changes nothing, so nothing was compared"
+
+
+#: Fields of every fuser of fusion mode beside the default one.
+FUSERS = {
+    "complex": {"fuser_type": "c2c_complex"},
+    "joint": {"joint_keys_values": True},
+    "unrotated": {"unrotate_keys": True},
+    "several-layers": {"layer_alignment": "learned", "fusion_source_layers": 2},
+    "all-of-it": {
+        "fuser_type": "c2c_complex",
+        "joint_keys_values": True,
+        "unrotate_keys": True,
+        "layer_alignment": "learned",
+        "fusion_source_layers": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("fusion_mode", ["parallel", "sequential"])
+@pytest.mark.parametrize("name", FUSERS)
+def test_other_fusers_equal_the_naive_one(name: str, fusion_mode: str) -> None:
+    """With two sharers of unequal shapes, at any of their positions, in a second turn, and padded."""
+    many, fields = 2, {"token_alignment": "span", "fusion_mode": fusion_mode, **FUSERS[name]}
+    model = tiny_c2c("llama", ["qwen3", "llama"], **fields)
+    ids, sharer_ids = random_ids(11, seed=1), [random_ids(15 - 6 * k, seed=2 + k) for k in range(many)]
+    alignments = [random_alignment(11, len(own), seed=5 + k) for k, own in enumerate(sharer_ids)]
+    expected, naive_cache = naive_prefill(model, ids, sharer_ids, alignments)
+    inputs = {
+        "input_ids": ids[None],
+        "sharer_input_ids": [own[None] for own in sharer_ids],
+        "sharer_alignment": [alignment[None] for alignment in alignments],
+    }
+    cache = C2CCache()
+    torch.testing.assert_close(model(**inputs, cache=cache).logits[0], expected, **TOLERANCE)
+    answer = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, 11:]
+    assert torch.equal(answer, naive_greedy(model, ids, sharer_ids, alignments, 10))
+    with model.disable_fusion():
+        assert (model(input_ids=ids[None]).logits[0, -1] - expected[-1]).abs().max() > 0.1, "nothing was compared"
+
+    # A second turn on the fused cache.
+    more = random_ids(6, seed=9)
+    longer = [torch.cat([own, random_ids(4, seed=20 + k)]) for k, own in enumerate(sharer_ids)]
+    later = [random_alignment(6, len(own), seed=30 + k) for k, own in enumerate(longer)]
+    expected, _ = naive_prefill(model, more, longer, later, naive_cache)
+    found = model(
+        input_ids=more[None],
+        sharer_input_ids=[own[None] for own in longer],
+        sharer_alignment=[alignment[None] for alignment in later],
+        cache=cache,
+    ).logits[0]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+    # Padding on the left of both texts changes no position.
+    masks = [F.pad(torch.ones_like(own[None]), (3, 0)) for own in sharer_ids]
+    padded_alignment = [
+        F.pad(torch.where(alignment < 0, -1, alignment + 3), (2, 0), value=-1)[None] for alignment in alignments
+    ]
+    found = model(
+        input_ids=F.pad(ids[None], (2, 0)),
+        attention_mask=F.pad(torch.ones_like(ids[None]), (2, 0)),
+        sharer_input_ids=[F.pad(own[None], (3, 0)) for own in sharer_ids],
+        sharer_attention_mask=masks,
+        sharer_alignment=padded_alignment,
+    ).logits[0, 2:]
+    torch.testing.assert_close(found, model(**inputs).logits[0], **TOLERANCE)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
@@ -144,10 +210,14 @@ def test_logits_to_keep(logits_to_keep: int | torch.Tensor) -> None:
     torch.testing.assert_close(kept, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
-def test_closed_gates_change_nothing(pair: tuple[str, list[str]]) -> None:
+@pytest.mark.parametrize(
+    ("pair", "fields"),
+    [(pair, {}) for pair in PAIRS] + [(("llama", ["qwen3", "llama"]), fields) for fields in FUSERS.values()],
+    ids=[*map(pair_id, PAIRS), *FUSERS],
+)
+def test_closed_gates_change_nothing(pair: tuple[str, list[str]], fields: dict) -> None:
     receiver, sharers = pair
-    model = close_gates(tiny_c2c(receiver, sharers))
+    model = close_gates(tiny_c2c(receiver, sharers, **fields))
     ids = random_ids(2, 10)
     chunks = DynamicCache(config=model.receiver.config)
     model.receiver(input_ids=ids[:, :9], use_cache=True, **{CACHE_ARGUMENT: chunks})
@@ -217,11 +287,15 @@ def test_later_turn_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.sharer_caches[0].common_prefix(changed, torch.ones_like(changed)) == 4
 
 
-@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3], PAIRS[-1]], ids=pair_id)
-def test_fuse_response(pair: tuple[str, list[str]]) -> None:
+@pytest.mark.parametrize(
+    ("pair", "fields"),
+    [(PAIRS[0], {}), (PAIRS[3], {}), (PAIRS[-1], {}), (PAIRS[0], FUSERS["all-of-it"])],
+    ids=[*map(pair_id, (PAIRS[0], PAIRS[3], PAIRS[-1])), "all-of-it"],
+)
+def test_fuse_response(pair: tuple[str, list[str]], fields: dict) -> None:
     """Every position of the cache, the answer's too, is the fuser applied to the clean streams."""
     receiver, sharers = pair
-    model = tiny_c2c(receiver, sharers, fuse_response=True)
+    model = tiny_c2c(receiver, sharers, fuse_response=True, **fields)
     rows = [random_ids(length, seed=length) for length in (11, 6)]
     ids, mask = pad_rows(rows, "left"), pad_rows([torch.ones_like(row) for row in rows], "left")
     out = model.generate(

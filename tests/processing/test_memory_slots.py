@@ -9,6 +9,8 @@ from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
 from c2c_hf.alignment.spans import align_slots
+from c2c_hf.inference.inputs import ReceiverInputs
+from c2c_hf.inference.memory_slots import slot_embeddings
 
 
 def identity_pair(num_sharers: int = 1, **fields) -> tuple[C2CForCausalLM, C2CProcessor]:
@@ -147,3 +149,24 @@ def test_alignment_of_slots() -> None:
     # Cut by truncation.
     assert align_slots(receiver, [(4, 9)]).tolist() == [-1, -1, 0, -1, -1, -1, -1]
     assert align_slots([], sharer).dtype == np.int64
+
+
+@torch.no_grad()
+def test_embeddings_of_a_slot_and_of_the_tokens_before_it() -> None:
+    """Left padding, and the first token of a text, have no token before them."""
+    model, processor = identity_pair(memory_sink_tokens=0, memory_token_embeddings=2)
+    batch = processor(["hello ships", "hello"], sharer_context=["ships", "What is the capital"])
+    rows, columns = (batch["sharer_alignment"] >= 0).nonzero(as_tuple=True)
+    table = model.get_input_embeddings()
+    inputs = ReceiverInputs(batch["input_ids"], None, batch["attention_mask"], None)
+    found = slot_embeddings(inputs, table, rows, columns, 3)
+    size = table.weight.shape[1]
+    for row, column, embeddings in zip(rows.tolist(), columns.tolist(), found, strict=True):
+        for distance, part in enumerate(embeddings.split(size)):
+            place = column - distance
+            exists = place >= 0 and bool(batch["attention_mask"][row, place])
+            expected = table.weight[batch["input_ids"][row, place]] if exists else torch.zeros(size)
+            assert torch.equal(part, expected)
+    assert found[:, size:].eq(0).all(1).any() and found[:, size : 2 * size].any(1).any()
+    embedded = ReceiverInputs(None, table(batch["input_ids"]), batch["attention_mask"], None)
+    assert torch.equal(slot_embeddings(embedded, table, rows, columns, 3), found)
