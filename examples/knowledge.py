@@ -22,7 +22,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, set_seed
 
-from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
+from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments, fit_layer_mapping
 from c2c_hf.demo import local_pair
 from c2c_hf.evaluation.evaluate import evaluate
 from c2c_hf.evaluation.tasks.taught_facts import fuser_rows, teaching_rows
@@ -124,11 +124,16 @@ def train(
         fuser_dropout=options.dropout,
         fuser_initialization="zero_output",
         layer_alignment=options.layer_alignment,
+        fusion_source_layers=options.source_layers,
+        joint_keys_values=options.joint_keys_values,
+        unrotate_keys=options.unrotate_keys,
     )
     processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer)
     people = options.train_people or options.people
     passes = options.steps * options.batch_size // len(fuser_rows(people)) + 1
     rows = Dataset.from_list(fuser_rows(people, passes, options.seed))
+    if options.layer_alignment == "learned":
+        fit_layer_mapping(model, processor, rows["prompt"][:400])
     examples = prepare_dataset(rows, processor, MAX_LENGTH, plain_text=True)
     arguments = arguments_of(
         options,
@@ -204,6 +209,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--fuser-type", default="c2c")
     parser.add_argument("--layer-alignment", default="depth_normalized")
+    parser.add_argument("--source-layers", type=int, default=1, help="with `learned`, of each receiver layer")
+    parser.add_argument("--joint-keys-values", action="store_true")
+    parser.add_argument("--unrotate-keys", action="store_true")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
