@@ -176,10 +176,11 @@ def run_receiver(
         call["position_ids"] = inputs.position_ids
     keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
     if keeps_some and accepts_argument(receiver, "logits_to_keep"):
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = last_positions(inputs.tokens, logits_to_keep)
         call["logits_to_keep"] = logits_to_keep
         if labels is not None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            labels = labels[:, kept]
+            labels = labels[:, logits_to_keep]
     if labels is not None:
         call["labels"] = labels
     return receiver(**call)
@@ -229,7 +230,7 @@ def continue_receiver(
     if tail_length == 0:
         return None
     tail = inputs.columns(tail_start, seq_len)
-    kept = last_positions(tail.tokens, num_kept) if num_kept < tail_length else 0
+    kept = num_kept if num_kept < tail_length else 0
     if tail_mask is None:
         return run_receiver(receiver, tail, cache, None, True, kept, kwargs)
     fused_cache = cache if isinstance(cache, C2CCache) else C2CCache(cache)

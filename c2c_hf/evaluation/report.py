@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 #: How each signal of selective fusion decides.
 _SIGNALS = {"confidence": "where the receiver is unsure", "gate_weight": "where the gate weights say so"}
 #: Columns of a table beside the accuracy, where a task has them.
-_FURTHER_METRICS = {"strict": "accuracy_strict", "exact match": "exact_match", "F1": "f1"}
+_FURTHER_METRICS = {
+    "strict": "accuracy_strict",
+    "exact match": "exact_match",
+    "F1": "f1",
+    "answer of the mismatched question": "mismatched_answer",
+}
 
 
 def write_report(folder: Path, metrics: Json, records: Sequence[Record]) -> None:

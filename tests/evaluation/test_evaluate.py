@@ -251,6 +251,25 @@ def test_a_memory_fuser_needs_contexts(data_dir: Path, tmp_path: Path) -> None: 
         evaluate(model, processor, tmp_path / "run", ["arc_easy"], ["c2c"], data_dir)
 
 
+def test_taught_facts_name_the_mismatched_question(tmp_path: Path) -> None:
+    """The control prefills the same question about another person, and records say whether that fact is named."""
+    model, processor = pair()
+    methods, tasks = ["receiver", "c2c", "mismatched"], ["taught_facts", "taught_facts_generate"]
+    metrics = evaluate(model, processor, tmp_path / "run", tasks, methods, limit=4, chat=False)
+    assert [gain["task"] for gain in metrics["pairing_gain"]] == tasks
+    shown = {(row["task"], row["method"], row["metric"]) for row in metrics["results"]}
+    assert {(task, method, "mismatched_answer") for task in tasks for method in methods} <= shown
+    assert "answer of the mismatched question" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    (task,) = load_tasks(tasks[:1], limit=4)
+    scores = {(record["method"], record["id"]): record for record in predictions(tmp_path / "run")}
+    for item in task.items:
+        other = task.mismatched_items()[item.id]
+        assert other.prompt == item.doc["mismatched_question"] != item.prompt
+        record = scores["mismatched", item.id]
+        assert record["mismatched"] == (record["prediction"] == item.doc["mismatched_answer"])
+        assert record["scores"] != scores["c2c", item.id]["scores"]
+
+
 def test_contexts_are_prefilled_where_a_method_says_so(tmp_path: Path) -> None:
     model, processor = pair(mode="memory")
     methods = ["receiver", "receiver_with_context", "sharer", "c2c", "same_text_fusion", "mismatched", "zero"]

@@ -82,6 +82,23 @@ def test_domain_transfer(tmp_path: Path, run: Callable[..., str], monkeypatch: p
     assert [row[:2] for row in rows] == [["| medicine", "3"], ["| law", "3"], ["| computing", "3"]]
 
 
+def test_knowledge(pair: tuple[str, str], tmp_path: Path, run: Callable[..., str]) -> None:
+    """Teach, train with the LoRA and the self control, test; called again it trains nothing and prints the same."""
+    receiver, sharer = pair
+    command = [tmp_path, "--receiver", receiver, "--sharer", sharer, "--dtype", "float32"]
+    command += ["--people", "210", "--train-people", "204", "--controls"]
+    command += ["--teach-passes", "1", "--teach-batch-size", "210", "--steps", "2", "--batch-size", "4"]
+    command += ["--hidden-size", "8", "--limit", "4", "--layer-alignment", "learned"]
+    first, second = (run("knowledge.py", *command) for _ in range(2))
+    rows = [line.split(" | ")[0].strip("| ") for line in first.splitlines() if line.startswith("|")]
+    assert rows[0] == "4 questions, % right"
+    methods = ["receiver", "sharer", "c2c", "mismatched", "shuffled", "zero", "receiver_with_adapter"]
+    assert rows[2:] == [*methods, "receiver_as_sharer", "c2c, untaught sharer"]
+    assert (tmp_path / "taught" / "model.safetensors").is_file()
+    assert second.splitlines()[-len(rows) :] == first.splitlines()[-len(rows) :]
+    assert "train_runtime" not in second
+
+
 def test_passage_data(tmp_path: Path, run: Callable[..., str]) -> None:
     """Questions on passages and chats with one, without those that share text with a test set."""
     passages = [" ".join(f"{letter}{i}" for i in range(30)) for letter in "abcd"]

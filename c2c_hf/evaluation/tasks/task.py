@@ -4,7 +4,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ class Item:
         doc: The row behind it.
         context: A text that the question is about, for sharers and for methods that prefill it; empty where the task
             has none.
+        mismatched_prompt: What a mismatched sharer prefills, where the data say so; else empty, and it is that of
+            another item.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Item:
     answer: int | str
     doc: Row
     context: str = ""
+    mismatched_prompt: str = ""
 
     def seed(self, seed: int) -> int:
         """Return a seed of this item's own, derived from the run's."""
@@ -78,7 +81,7 @@ class EvaluationTask:
     max_new_tokens: int = 64
 
     def mismatched_items(self) -> dict[str, Item]:
-        """Return for each item's id another item of similar length, for the mismatched-sharer control.
+        """Return for each item's id another item, for the mismatched-sharer control: of similar length, or its own.
 
         Raises:
             ValueError: There are fewer than two different prompts.
@@ -87,6 +90,9 @@ class EvaluationTask:
         mismatched = {}
         for place, item in enumerate(ordered):
             others = (ordered[(place + step) % len(ordered)] for step in range(1, len(ordered)))
+            if item.mismatched_prompt:
+                mismatched[item.id] = replace(item, prompt=item.mismatched_prompt)
+                continue
             # A benchmark may hold the same question twice.
             other = next((other for other in others if _differs(other, item)), None)
             if other is None:
@@ -165,6 +171,7 @@ def _load_task(manager: "TaskManager", name: str, limit: int | None, seed: int) 
     items = []
     for index in indices:
         doc = docs[index]
+        other = {"context": "", "question": doc.get("mismatched_question", "")}
         choices = [task.config.target_delimiter + choice for choice in task.doc_to_choice(doc)] if compares else []
         items.append(
             Item(
@@ -178,6 +185,7 @@ def _load_task(manager: "TaskManager", name: str, limit: int | None, seed: int) 
                 answer=task.doc_to_target(doc),
                 doc=doc,
                 context=doc["context"],
+                mismatched_prompt=task.doc_to_text({**doc, **other}).lstrip() if other["question"] else "",
             )
         )
     if compares:
