@@ -3,13 +3,13 @@
 import json
 from base64 import b64encode
 from collections.abc import Sequence
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jinja2
 import torch
-import transformers
 
 from .._files import write_file
 from ..alignment.token_table import decode_each
@@ -86,7 +86,7 @@ def analyze_fuser(
         "seed": seed,
         "layer": layer,
         "question": QUESTION,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
         "sharers": [],
     }
     folder = Path(output)

@@ -6,10 +6,12 @@ cosine similarity with what it predicts, so that it also finds tokens that it wa
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..configuration_c2c import check_choice
@@ -112,7 +114,7 @@ def probe_privacy(
         check_choice("payloads", payload, PAYLOADS)
     recoveries: list[Recovery] = []
     for kind, embeddings, collect in (
-        ("cache", model.sharers[0].get_input_embeddings(), _sharer_tokens),
+        ("cache", cast(PreTrainedModel, model.sharers[0]).get_input_embeddings(), _sharer_tokens),
         ("fuser", model.get_input_embeddings(), _projected_tokens),
     ):
         if kind not in payloads:
@@ -209,7 +211,7 @@ def _join(parts: Sequence[_Tokens]) -> _Tokens:
 
 def _directions(embeddings: nn.Module) -> torch.Tensor:
     """Return the embeddings of a vocabulary, centred and of norm 1, `(vocab_size, hidden_size)` in float32."""
-    weight = embeddings.weight.float().cpu()  # type: ignore[operator, union-attr]
+    weight = cast(torch.Tensor, embeddings.weight).float().cpu()
     return nn.functional.normalize(weight - weight.mean(0), dim=-1)
 
 

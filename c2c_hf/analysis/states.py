@@ -68,7 +68,10 @@ class FuserStates:
 
         has_weights = parts[0].weights is not None
         return cls(
-            *(joined(name) for name in ("receiver", "sharer", "projected", "fused")),
+            receiver=joined("receiver"),
+            sharer=joined("sharer"),
+            projected=joined("projected"),
+            fused=joined("fused"),
             weights=joined("weights") if has_weights else None,
             token_ids=torch.cat([part.token_ids for part in parts]),
             lengths=[length for part in parts for length in part.lengths],
