@@ -160,6 +160,10 @@ class SharerConfig:
             ValueError: For an unknown value.
         """
         check_choice("token_alignment", self.token_alignment, TOKEN_ALIGNMENTS)
+        for field in ("gguf_file", "fingerprint"):
+            _check_text(field, getattr(self, field))
+        if not isinstance(self.has_adapter, bool):
+            raise ValueError(f"`has_adapter` must be True or False, but got {self.has_adapter!r:.60}.")
         _check_layer_shapes("layer_shapes", self.layer_shapes)
         for field, smallest in (("fuser_hidden_size", 1), ("fuser_intermediate_size", 1), ("num_fuser_layers", 2)):
             _check_integer(field, getattr(self, field), smallest)
@@ -322,6 +326,8 @@ class C2CConfig(PreTrainedConfig):
             ("memory_grid", MEMORY_GRIDS),
         ):
             check_choice(field, getattr(self, field), allowed)
+        for field in ("receiver_gguf_file", "receiver_fingerprint"):
+            _check_text(field, getattr(self, field))
         _check_layer_shapes("receiver_layer_shapes", self.receiver_layer_shapes)
         alignments = []
         for sharer in self.sharers:
@@ -515,6 +521,11 @@ def _check_layer_shapes(field: str, shapes: object) -> None:
         raise ValueError(
             f"`{field}` must hold [key/value heads, key head_dim, value head_dim] per layer, but got {shapes!r:.60}."
         )
+
+
+def _check_text(field: str, value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"`{field}` must be a string or None, but got {value!r:.60}.")
 
 
 def _check_integer(field: str, value: object, smallest: int) -> None:
