@@ -1,4 +1,4 @@
-"""The code blocks of README, guides and cards run, on tiny models that a Hub on loopback has under the real names."""
+"""The code of README, guides, cards and notebooks runs, on tiny models that a Hub on loopback has under real names."""
 
 import configparser
 import contextlib
@@ -27,7 +27,7 @@ from c2c_hf.cli.main import main
 ROOT = Path(__file__).parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path
-    for pattern in ("README.md", "docs/*.md", "docs/guides/*.md", "model_cards/*.md")
+    for pattern in ("README.md", "docs/*.md", "docs/guides/*.md", "model_cards/*.md", "examples/notebooks/*.ipynb")
     for path in sorted(ROOT.glob(pattern))
 }
 #: What the pages call the base models: architecture, tokenizer.
@@ -38,13 +38,13 @@ MODELS = {
 }
 PAIR = tuple(MODELS)[:2]
 #: Shorter than a reader would train.
-SHORTER = {"max_steps=300": "max_steps=1"}
+SHORTER = {"max_steps=300": "max_steps=1", "max_steps=40": "max_steps=1"}
 #: Where the pages' server is.
 ADDRESS = "127.0.0.1:8000"
 
 
 class Block(NamedTuple):
-    """A fenced code block."""
+    """A fenced code block of a page, or a cell of a notebook, whose line is its number."""
 
     language: str
     line: int
@@ -53,10 +53,17 @@ class Block(NamedTuple):
 
 def code_blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = enumerate(json.loads(text)["cells"], start=1)
+        return [Block("python", number, "".join(cell["source"])) for number, cell in cells if is_code(cell)]
     return [
         Block(match[1], text.count("\n", 0, match.start()) + 2, match[2])
         for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ]
+
+
+def is_code(cell: dict) -> bool:
+    return cell["cell_type"] == "code"
 
 
 PYTHON_PAGES = [name for name, path in PAGES.items() if any(block.language == "python" for block in code_blocks(path))]
@@ -128,7 +135,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", PYTHON_PAGES)
 def test_python_blocks_run(name: str, client: HubClient, folder: Path, request: pytest.FixtureRequest) -> None:
     """All blocks of a page, one after the other, in one namespace."""
-    if "evaluation" in name:
+    if "evaluat" in name:
         pytest.importorskip("lm_eval", reason=NEEDS)
     if "trl" in name:
         pytest.importorskip("trl", reason="needs `pip install trl`")
@@ -142,6 +149,24 @@ def test_python_blocks_run(name: str, client: HubClient, folder: Path, request: 
         blocks = [block._replace(code=block.code.replace(old, new)) for block in blocks]
     outcome = client(run_blocks, str(PAGES[name]), blocks, str(folder))
     assert not isinstance(outcome, Failure), outcome
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".ipynb")])
+def test_notebooks_are_clean(name: str) -> None:
+    """All cells were run on the real pair, in order, or none; nothing stands in the file but the text they printed."""
+    notebook = json.loads(PAGES[name].read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], set(notebook["metadata"])) == (4, {"kernelspec", "language_info"})
+    title = "".join(notebook["cells"][0]["source"])
+    assert "[![Open in Colab](" in title and f"/blob/main/{name})" in title
+    cells = [cell for cell in notebook["cells"] if is_code(cell)]
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts in ([None] * len(cells), list(range(1, len(cells) + 1)))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {(output["output_type"], output.get("name")) for output in outputs} <= {("stream", "stdout")}
+    assert bool(outputs) == (counts[0] is not None)
+    assert all(not cell["metadata"] for cell in notebook["cells"])
+    for link in re.findall(r"\]\((?!https:)([\w./-]+)", "".join(map(str, notebook["cells"]))):
+        assert (PAGES[name].parent / link).exists(), link
 
 
 @pytest.mark.parametrize("command", COMMANDS)
