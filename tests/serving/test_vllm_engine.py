@@ -25,6 +25,7 @@ from c2c_hf.demo import from_pretrained
 from c2c_hf.serving.context_prompts import prefill_context
 
 pytestmark = [
+    pytest.mark.timeout(3600),
     pytest.mark.slow,
     pytest.mark.real_pair,
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM (docs/guides/vllm.md)"),
