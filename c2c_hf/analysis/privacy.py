@@ -18,7 +18,7 @@ from ..configuration_c2c import check_choice
 from ..inference.sharer_cache import prefill_sharer, round_states
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .states import FuserStates, collect_states
+from .states import collect_states
 
 try:
     from scipy.stats import bootstrap
@@ -113,9 +113,9 @@ def probe_privacy(
     for payload in payloads:
         check_choice("payloads", payload, PAYLOADS)
     recoveries: list[Recovery] = []
-    for kind, embeddings, collect in (
-        ("cache", cast(PreTrainedModel, model.sharers[0]).get_input_embeddings(), _sharer_tokens),
-        ("fuser", model.get_input_embeddings(), _projected_tokens),
+    for kind, base, collect in (
+        ("cache", cast(PreTrainedModel, model.sharers[0]), _sharer_tokens),
+        ("fuser", model.receiver, _projected_tokens),
     ):
         if kind not in payloads:
             continue
@@ -124,7 +124,7 @@ def probe_privacy(
         )
         drawn = torch.randperm(len(test.ids), generator=torch.Generator().manual_seed(seed))[:num_test_tokens]
         test = test.pick(drawn)
-        directions = _directions(embeddings)
+        directions = _directions(base.get_input_embeddings().weight)
         shuffled = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed + 1))
         ranks = {}
         for payload, layer in tqdm(train.states, desc="Probing", unit="probe", disable=not progress):
@@ -185,20 +185,15 @@ def _projected_tokens(
 ) -> _Tokens:
     """Return what the first sharer's fuser makes of texts, at the receiver's tokens."""
     payload = "memory slots" if model.config.mode == "memory" else "projected states"
-    parts = []
-    for index, text in enumerate(tqdm(texts, desc="Running the fuser", unit="text", disable=not progress)):
-        collected: FuserStates = collect_states(model, processor, [text], max_length)[0]
-        total, states = collected.num_layers, {}
-        open_layers = [layer for layer in range(total) if None not in _projections(collected, layer)]
-        for place in _layers(len(open_layers), num_layers):
-            layer = open_layers[place]
-            states[payload, layer] = torch.cat(_projections(collected, layer), dim=-1)
-        parts.append(_Tokens(collected.token_ids, torch.full_like(collected.token_ids, index), states))
-    return _join(parts)
-
-
-def _projections(states: FuserStates, layer: int) -> list[torch.Tensor]:
-    return [states.projected[layer], states.projected[states.num_layers + layer]]  # type: ignore[list-item]
+    collected = collect_states(model, processor, texts, max_length)[0]
+    total = collected.num_layers
+    halves = zip(collected.projected[:total], collected.projected[total:], strict=True)
+    projected = {layer: [own for own in pair if own is not None] for layer, pair in enumerate(halves)}
+    open_layers = [layer for layer, own in projected.items() if own]
+    chosen = [open_layers[place] for place in _layers(len(open_layers), num_layers)]
+    owners = torch.arange(len(collected.lengths)).repeat_interleave(torch.tensor(collected.lengths))
+    states = {(payload, layer): torch.cat(projected[layer], dim=-1) for layer in chosen}
+    return _Tokens(collected.token_ids, owners, states)
 
 
 def _join(parts: Sequence[_Tokens]) -> _Tokens:
@@ -209,9 +204,9 @@ def _join(parts: Sequence[_Tokens]) -> _Tokens:
     )
 
 
-def _directions(embeddings: nn.Module) -> torch.Tensor:
+def _directions(embeddings: torch.Tensor) -> torch.Tensor:
     """Return the embeddings of a vocabulary, centred and of norm 1, `(vocab_size, hidden_size)` in float32."""
-    weight = cast(torch.Tensor, embeddings.weight).float().cpu()
+    weight = embeddings.float().cpu()
     return nn.functional.normalize(weight - weight.mean(0), dim=-1)
 
 

@@ -66,13 +66,12 @@ class FuserStates:
             entries = zip(*(getattr(part, name) for part in parts), strict=True)
             return [None if entry[0] is None else torch.cat(entry) for entry in entries]
 
-        has_weights = parts[0].weights is not None
         return cls(
             receiver=joined("receiver"),
             sharer=joined("sharer"),
             projected=joined("projected"),
             fused=joined("fused"),
-            weights=joined("weights") if has_weights else None,
+            weights=None if parts[0].weights is None else joined("weights"),
             token_ids=torch.cat([part.token_ids for part in parts]),
             lengths=[length for part in parts for length in part.lengths],
             texts=[text for part in parts for text in part.texts],
