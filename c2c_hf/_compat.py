@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # transformers 5.24 renames the cache argument of models, outputs and `generate` from `past_key_values` to `cache`.
@@ -42,6 +42,17 @@ def _arguments(function: Callable) -> frozenset[str]:
 def _takes_keywords(function: Callable) -> bool:
     kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def empty_dynamic_layers(cache: Cache) -> None:
+    """Let the layers of a cache that was reset grow anew from nothing.
+
+    Goes when 5.24 is the oldest supported release, whose `reset` does that; earlier ones fill them with zeros.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
 
 
 def copy_cache(cache: Cache) -> Cache:

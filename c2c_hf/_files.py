@@ -143,6 +143,20 @@ def move_into_place(
     shutil.rmtree(staging, ignore_errors=True)
 
 
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder at once: a process that is killed meanwhile leaves litter, but no half folder of this name.
+
+    The next [`staged_folder`] in the folder around it removes the litter.
+
+    Args:
+        path: The folder.
+    """
+    path = Path(path)
+    removed = path.with_name(f"{_STAGING_PREFIX}{_owner()}")
+    os.replace(path, removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
 def _owner() -> str:
     """Name this process and one of its writes, as `_OWNER` parses it."""
     return f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"

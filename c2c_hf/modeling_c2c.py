@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import CONFIG_NAME, can_return_tuple
+from transformers.utils import CONFIG_NAME, can_return_tuple, logging
 
 from ._compat import CACHE_ARGUMENT, accepts_argument, pop_cache
 from ._files import staged_folder
@@ -53,15 +53,18 @@ from .checkpoints.fuser_weights import (
 )
 from .checkpoints.receiver_adapter import (
     ADAPTER_FOLDER,
+    ADAPTER_FOLDERS,
+    SHARER_ADAPTER_FOLDER,
     has_adapter,
     load_adapter,
+    remove_adapter,
     save_adapter,
     set_adapter_mode,
     trains,
 )
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import C2CConfig, SharerConfig
-from .fusers import build_fusers
+from .fusers import build_fusers, fuser_state_dict
 from .fusers.c2c import C2CFuser, FuserGroup
 from .fusers.memory import MemoryFuser
 from .hub.publish import publish_fuser
@@ -78,6 +81,7 @@ from .inference.fusion import (
 from .inference.inputs import (
     GivenCaches,
     GivenSharerInputs,
+    ModelInputs,
     PerSharer,
     ReceiverInputs,
     SharerInputs,
@@ -86,6 +90,7 @@ from .inference.inputs import (
     collect_fusion_inputs,
     collect_memory_inputs,
     new_alignment,
+    prefill_given_inputs,
     sharer_inputs_from_caller,
     sharer_inputs_from_tokens,
     tensor_per_sharer,
@@ -112,6 +117,11 @@ from .inference.probe import check_length, check_padding, first_position
 from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
 from .inference.sharer_cache import SharerCache, prefill_sharer
 from .processing_c2c import C2CProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.get_logger(__name__)
 
 _SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
 #: Arguments of `forward` and `generate` beside those of every causal language model.
@@ -325,6 +335,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         sharer_caches: GivenCaches | None = None,
         sharer_settings: PerSharer | None = None,
+        sharer_inputs_embeds: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        sharer_model_inputs: ModelInputs | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Prefill a prompt with all models and fuse, or decode further tokens.
@@ -356,6 +368,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
             sharer_settings: `(batch_size, 6)`, with several sharers a list: by these, inputs of a processor that is
                 not this model's are refused. `None`: not compared.
+            sharer_inputs_embeds: `(batch_size, sharer_len, hidden_size)`, prefilled in place of `sharer_input_ids`;
+                with several sharers a list, `None` for those without. Not with `fuse_response`.
+            sharer_model_inputs: Further arguments of the sharer's own forward pass, such as `{"pixel_values": ...}` of
+                a vision-language model, whose image tokens are in `sharer_input_ids`; with several sharers a list. Not
+                with `fuse_response`.
             **kwargs: Passed on to the receiver.
 
         Returns:
@@ -374,6 +391,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         given = GivenSharerInputs(
             sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids, sharer_caches
         )
+        if self.fusion_enabled and (sharer_inputs_embeds is not None or sharer_model_inputs is not None):
+            given = prefill_given_inputs(
+                self.config, list(self.sharers), given, sharer_inputs_embeds, sharer_model_inputs
+            )
         seq_len = inputs.seq_len
         num_kept = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
 
@@ -383,9 +404,14 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
-            # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
-            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                inputs = inputs.with_positions()
+            if sharers and given.input_ids is None and labels is None and num_kept == seq_len > 1:
+                logger.warning_once(
+                    "`forward` got token ids alone and no `labels` that say where the prompt ends: the logits of all "
+                    "but the last position are the receiver's own. To score a continuation, pass `labels`."
+                )
+        # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
+        if self.fusion_enabled and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            inputs = inputs.with_positions()
 
         if isinstance(cache, C2CCache) and cache.hidden_positions is not None:
             inputs = _without_hidden_positions(inputs, cache)
@@ -397,7 +423,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         elif sharers:
             plan = self._plan_fusion(sharers, inputs, labels, logits_to_keep)
         if plan is None:
-            return run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+            outputs = run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
+            if isinstance(cache, C2CCache):
+                cache.record_tokens(input_ids, attention_mask)
+            return outputs
 
         self._check_no_checkpointing()
 
@@ -440,13 +469,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             fuse_states(fusers, caches, states, plan.tokens, self.config.fusion_mode, *key_positions)
 
         # 5. Write these states into the cache and run the receiver over the remaining positions.
-        outputs = continue_receiver(
+        tail_outputs = continue_receiver(
             self.receiver, states, plan.tail_start, plan.tail_mask(), inputs, cache, num_kept, kwargs
         )
+        if isinstance(cache, C2CCache):
+            cache.record_tokens(input_ids, attention_mask, [sharer.alignment for sharer in sharers])
         # Without remaining positions (fusion mode only) all requested logits are those of the unfused pass.
         logits = cast(torch.Tensor, unfused_logits)
-        if outputs is not None:
-            logits = outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
+        if tail_outputs is not None:
+            logits = tail_outputs.logits[:, -min(num_kept, seq_len - plan.tail_start) :]
             if unfused_logits is not None and isinstance(plan, FusionPlan):
                 logits = plan.join_logits(unfused_logits, logits, first_kept)
         loss = None
@@ -456,8 +487,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else logits,
-            hidden_states=None if outputs is None else outputs.get("hidden_states"),
-            attentions=None if outputs is None else outputs.get("attentions"),
+            hidden_states=None if tail_outputs is None else tail_outputs.get("hidden_states"),
+            attentions=None if tail_outputs is None else tail_outputs.get("attentions"),
             **{CACHE_ARGUMENT: None if use_cache is False else cache},
         )
 
@@ -614,7 +645,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             with_gradient=needs_grad,
         )
         if self.config.fuse_response and isinstance(cache, C2CCache):
-            if past_length > 0 and cache.unfused_cache is None:
+            if past_length != cached_length(cache.unfused_cache):
                 raise ValueError(
                     "`cache`: with `fuse_response=True` a cache can only be continued if it was filled with response "
                     "fusion from the start, but this one was not; start with an empty one."
@@ -716,9 +747,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         """Prepare one step of `generate` as the receiver does; sharer inputs go into the prefill only."""
         sharer_inputs = {name: kwargs.pop(name) for name in SHARER_ARGUMENTS if name in kwargs}
         is_prefill = is_first_iteration or not kwargs.get("use_cache", True)
-        fuses = self.fusion_enabled and (is_prefill or self.config.fuse_response)
-        # Without the cache, the receiver leaves the mask two-dimensional, which the prefills need.
-        cache = pop_cache(kwargs) if fuses else None
+        # Without the cache, the receiver leaves the mask two-dimensional, which the prefills and a `C2CCache` need.
+        keeps_mask = is_prefill or (self.fusion_enabled and self.config.fuse_response)
+        cache = pop_cache(kwargs) if keeps_mask else None
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         inputs = self.receiver.prepare_inputs_for_generation(
@@ -728,9 +759,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if fuses:
+        if keeps_mask:
             inputs[CACHE_ARGUMENT] = cache
-            if is_prefill:
+            if is_prefill and self.fusion_enabled:
                 inputs.update(sharer_inputs)
                 if sharer_inputs.get("sharer_alignment") is not None:
                     # Without a cache the text has grown; assisted decoding appends its candidates.
@@ -753,6 +784,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: With `prefill_chunk_size`: a chunk would attend to the fused states of the one before it.
         """
         self.check_processor(kwargs.pop("sharer_settings", None))
+        embeds, model_inputs = kwargs.pop("sharer_inputs_embeds", None), kwargs.pop("sharer_model_inputs", None)
+        if self.fusion_enabled and (embeds is not None or model_inputs is not None):
+            # As caches, which beams repeat, and which the prefill of the prompt takes.
+            names = ("sharer_input_ids", "sharer_attention_mask", "sharer_position_ids", "sharer_caches")
+            ids, masks, positions, caches = (kwargs.get(name) for name in names)
+            given = GivenSharerInputs(ids, masks, None, positions, caches)
+            given = prefill_given_inputs(self.config, list(self.sharers), given, embeds, model_inputs)
+            kwargs |= {"sharer_input_ids": given.input_ids, "sharer_attention_mask": given.attention_mask}
+            kwargs["sharer_caches"] = given.caches
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
         if self.fusion_enabled and chunk_size is not None:
@@ -767,8 +807,6 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_text(input_ids, kwargs, cache)
         if not isinstance(cache, C2CCache):
             return super().generate(*args, **kwargs)
-        # Beams reorder the cache's rows, and an error leaves it half filled.
-        cache.input_ids = None
         output = super().generate(*args, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if (
@@ -776,7 +814,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             and len(sequences) == len(input_ids)
             and kwargs.get("num_beams", config.num_beams) in (None, 1)
         ):
-            cache.input_ids = sequences[:, : cached_length(cache)]
+            cache.complete_text(sequences)
         return output
 
     def _check_text(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any], cache: Cache | None) -> None:
@@ -793,17 +831,19 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         tokens, mask = kwargs.get("inputs_embeds") if input_ids is None else input_ids, kwargs.get("attention_mask")
         if tokens is None:
             return
-        if isinstance(cache, C2CCache) and input_ids is not None:
-            cache.crop_to_text(input_ids, mask)
+        # A four-dimensional mask does not say where the padding is.
+        padding = torch.ones(tokens.shape[:2]) if mask is None or mask.dim() != 2 else mask
+        alignments: list[torch.Tensor] | None = None
         slots = None
         if kwargs.get("sharer_alignment") is not None:
-            # A four-dimensional mask does not say where the padding is.
-            padding = mask if mask is not None and mask.dim() == 2 else torch.ones(tokens.shape[:2])
             alignments = [
                 new_alignment(alignment, len(tokens), tokens.shape[1], 0, padding)
                 for alignment in tensor_per_sharer(self.config, "sharer_alignment", kwargs["sharer_alignment"])
             ]
             slots = slot_positions(alignments)
+        # A mask that is longer than the ids covers the cached text, which they continue.
+        if isinstance(cache, C2CCache) and input_ids is not None and padding.shape[1] == tokens.shape[1]:
+            self._crop_to_text(cache, input_ids, padding, alignments, kwargs)
         if self.config.mode == "memory" and not self.fusion_enabled and slots is not None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
             kwargs["attention_mask"] = mask.masked_fill(slots.to(mask.device), 0)
@@ -813,6 +853,27 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             mask = kwargs.get("attention_mask")
             mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device) if mask is None else mask
             kwargs["attention_mask"] = cache.masked(mask)
+
+    def _crop_to_text(
+        self,
+        cache: C2CCache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        alignments: list[torch.Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Drop what a kept cache holds of another text, or of other states of the sharers, than the given ones."""
+        if not self.fusion_enabled:
+            alignments = [torch.full_like(input_ids, -1) for _ in self.sharers]
+        elif self.config.fuse_response:
+            # There the sharers' tokens are made from the receiver's.
+            alignments = None
+        ids, masks, _, _ = (kwargs.get(name) for name in _SHARER_TENSORS)
+        texts = None
+        if alignments is not None and ids is not None:
+            sharers = sharer_inputs_from_caller(self.config, GivenSharerInputs(ids, masks), len(input_ids))
+            texts = [(sharer.input_ids, sharer.attention_mask) for sharer in sharers]
+        cache.crop_to_text(input_ids, attention_mask, alignments, texts, self.config.mode == "memory")
 
     def _expand_inputs_for_generation(
         self,
@@ -886,9 +947,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         """Build a model with an untrained fuser; in fusion mode its output equals the receiver's.
 
         Args:
-            receiver: Hub id, folder or loaded model.
+            receiver: Hub id, folder or loaded model, also PEFT's: an adapter is saved beside the fuser.
             sharers: One of these, or a list.
-            receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
+            receiver_kwargs: Arguments of the receiver's own `from_pretrained`. `gguf_file` and `quantization_config`
+                are recorded and used again.
             sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
             token_alignment: See [`SharerConfig`]; one for all, or one per sharer. `None`: `"identity"` between equal
                 vocabularies, else `"span"`.
@@ -919,18 +981,21 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             {
                 "name_or_path": name,
                 "revision": revision,
+                "gguf_file": kwargs.get("gguf_file") if isinstance(base, str | Path) else None,
                 "config": model.config,
                 "fingerprint": fingerprint(model),
                 "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
             }
-            for (model, name, revision), tokenizer in zip(loaded, tokenizers, strict=True)
+            for base, (model, name, revision), tokenizer, kwargs in zip(
+                [receiver, *bases], loaded, tokenizers, all_kwargs, strict=True
+            )
         ]
         own, *others = records
         config = C2CConfig(
             **{f"receiver_{field}": value for field, value in own.items()},
             sharers=[
-                SharerConfig(**record, token_alignment=alignment)
-                for record, alignment in zip(others, alignments, strict=True)
+                SharerConfig(**record, token_alignment=alignment, has_adapter=has_adapter(sharer))
+                for record, alignment, sharer in zip(others, alignments, models[1:], strict=True)
             ],
         )
         config.override(config_fields)
@@ -1068,6 +1133,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         check_fuser_weights(weights, model._own_state_dict())
         model.load_state_dict(weights, strict=False)
         load_adapter(model.receiver, name, hub_kwargs)
+        for index, (sharer, sharer_config) in enumerate(zip(model.sharers, config.sharers, strict=True)):
+            if sharer_config.has_adapter and isinstance(sharer, PreTrainedModel):
+                load_adapter(sharer, name, hub_kwargs, SHARER_ADAPTER_FOLDER.format(index), required=True)
         model.name_or_path = config.name_or_path or name
         model.eval()
         if output_loading_info:
@@ -1120,6 +1188,30 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         set_adapter_mode(self.receiver.eval(), mode)
         self.sharers.eval()
         return self
+
+    @property
+    def peft_config(self) -> "dict[str, PeftConfig]":
+        """The receiver's PEFT adapter, as on any model of transformers; setting it takes PEFT layers off the others.
+
+        PEFT sets it when it has put a new adapter into all modules of the target names, those of the sharers and the
+        fuser among them, as `get_peft_model(c2c_model, config)` does: the receiver alone keeps it.
+
+        Raises:
+            AttributeError: There is none.
+            ValueError: The receiver has no such module, or a sharer has an adapter of its own.
+        """
+        return self.receiver.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: "dict[str, PeftConfig]") -> None:
+        if any(has_adapter(sharer) for sharer in self.sharers if isinstance(sharer, PreTrainedModel)):
+            raise ValueError(
+                "`get_peft_model` changes the adapter that a sharer has; build the model anew, and put the receiver's "
+                "adapter into `model.receiver` by `get_peft_model`, or train it by `C2CTrainer(peft_config=...)`."
+            )
+        remove_adapter(self.sharers)
+        remove_adapter(self.fuser)
+        self.receiver.peft_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the receiver's input embeddings."""
@@ -1183,11 +1275,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ saving and publishing
 
     def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        if state_dict is not None:
-            return {name: value for name, value in state_dict.items() if is_own_weight(name)}
         # The base models are not asked: quantized ones may change their weights when they are.
         tables = {f"token_table_{index}": table for index, table in enumerate(self.token_tables) if table is not None}
-        return {**self.fuser.state_dict(prefix="fuser."), **tables}
+        own = {**fuser_state_dict(self.fuser), **tables}
+        return own if state_dict is None else {name: value for name, value in state_dict.items() if name in own}
 
     def save_pretrained(
         self,
@@ -1199,7 +1290,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         int8: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save configuration and fuser, never a base model's weight; the receiver's PEFT adapter, if it has one.
+        """Save configuration and fuser, never a base model's weight; PEFT adapters of base models, if there are any.
 
         The files are written to a staging folder first and moved to their places when all are complete, so that an
         interrupted save leaves the earlier files as they were.
@@ -1238,8 +1329,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 # What safetensors raises where the disk is full.
                 raise OSError(f"The fuser could not be written ({error}); the earlier files are unchanged.") from error
             write_code(staging, CONFIG_NAME, with_code)
-            if has_adapter(self.receiver):
-                save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+            save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+            for index, sharer in enumerate(self.sharers):
+                save_adapter(sharer, staging / SHARER_ADAPTER_FOLDER.format(index))
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", target.resolve().name)
             size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
@@ -1320,4 +1412,4 @@ def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:
 
 def _is_saved_weight(name: str) -> bool:
     """Return whether a file or folder of this name belongs to an earlier save of a fuser."""
-    return name == ADAPTER_FOLDER or re.fullmatch(r"model.*\.safetensors.*", name) is not None
+    return re.fullmatch(rf"{ADAPTER_FOLDERS}|model.*\.safetensors.*", name) is not None

@@ -171,6 +171,10 @@ def pad_rows(rows: list[torch.Tensor], side: str, value: int = 0) -> torch.Tenso
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seed", type=int, help="of the one batch that test_fuzzing.py compares, to repeat it")
+
+
 @pytest.fixture(scope="session")
 def real_pair() -> tuple[str, str]:
     """Folders of SmolLM2-135M-Instruct and Gemma 3 270M, which ship on PyPI."""

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own: `distributed OUTPUT_DIR BATCH_SIZE` or `killed OUTPUT_DIR`."""
+"""Training runs in processes of their own: `distributed OUTPUT_DIR BATCH_SIZE [...]` or `killed OUTPUT_DIR`."""
 
 import json
 import os
@@ -7,15 +7,21 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from training_for_tests import logged_losses, make_model, make_trainer
 
+from c2c_hf import C2CTrainer
+from c2c_hf.training.sharer_cache_store import SharerCacheStore
 
-def _distributed(output_dir: str, batch_size: str) -> None:
+
+def distributed_trainer(output_dir: str | Path, batch_size: int) -> C2CTrainer:
+    """Not every row aligns the second sharer."""
     trainer = make_trainer(
         output_dir,
         make_model(2, fuser_dropout=0.0),
         max_steps=5,
-        per_device_train_batch_size=int(batch_size),
+        per_device_train_batch_size=batch_size,
         gate_noise="none",
         learning_rate=1e-2,
         save_strategy="steps",
@@ -25,9 +31,71 @@ def _distributed(output_dir: str, batch_size: str) -> None:
     for example in examples[:5]:
         example["sharer_alignment"] = [example["sharer_alignment"][0], [-1] * len(example["input_ids"])]
     trainer.train_dataset = examples
+    return trainer
+
+
+def _uneven(output_dir: Path, batch_size: int) -> C2CTrainer:
+    """Seven rows for steps of four, in accumulated batches of two, and five for the evaluation."""
+    trainer = make_trainer(
+        output_dir / "uneven",
+        make_model(fuser_dropout=0.0),
+        num_train_epochs=2,
+        per_device_train_batch_size=batch_size // 2,
+        per_device_eval_batch_size=batch_size // 2,
+        gradient_accumulation_steps=2,
+        gate_noise="none",
+        learning_rate=1e-2,
+        sharer_cache_dir=str(output_dir / "sharer-caches"),
+    )
+    examples = [dict(example) for example in trainer.train_dataset]
+    trainer.train_dataset, trainer.eval_dataset = examples[:7], examples[3:]
+    return trainer
+
+
+def _sharded(output_dir: Path, batch_size: int) -> list[float]:
+    """Several processes shard the parameters (FSDP2); one trains as ever."""
+    sharding = {} if int(os.environ.get("WORLD_SIZE", 1)) == 1 else {"fsdp": True}
+    trainer = make_trainer(
+        output_dir / "sharded",
+        make_model(fuser_dropout=0.0),
+        max_steps=4,
+        per_device_train_batch_size=batch_size,
+        gate_noise="none",
+        learning_rate=1e-2,
+        **sharding,
+    )
     trainer.train()
+    if sharding:
+        shards = [parameter for parameter in trainer.model.fuser.parameters() if isinstance(parameter, DTensor)]
+        assert len(shards) == len(list(trainer.model.fuser.parameters())), "the fuser is not sharded"
+    trainer.save_model()
+    return logged_losses(trainer)
+
+
+def _distributed(output_dir: str, batch_size: str, checkpoint: str = "") -> None:
+    found = {}
+    trainer = distributed_trainer(output_dir, int(batch_size))
+    trainer.train()
+    found["losses"] = logged_losses(trainer)
+    trainer = _uneven(Path(output_dir), int(batch_size))
+    writes = []
+    prefill = SharerCacheStore._prefill
+
+    def count(self: SharerCacheStore, index: int, ids: torch.Tensor, mask: torch.Tensor, paths: list[Path]) -> None:
+        writes.extend(path.name for path in paths)
+        prefill(self, index, ids, mask, paths)
+
+    SharerCacheStore._prefill = count
+    trainer.train()
+    found["uneven"], found["eval_loss"] = logged_losses(trainer), trainer.evaluate()["eval_loss"]
+    found["writes"] = gather_object(writes)
+    if checkpoint:
+        trainer = distributed_trainer(f"{output_dir}/resumed", int(batch_size))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found["resumed"] = logged_losses(trainer)
+    found["sharded"] = _sharded(Path(output_dir), int(batch_size))
     if trainer.is_world_process_zero():
-        (Path(output_dir) / "losses.json").write_text(json.dumps(logged_losses(trainer)))
+        (Path(output_dir) / "found.json").write_text(json.dumps(found))
 
 
 def _killed(output_dir: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from ..alignment.token_table import apply_token_table, build_token_table
 from ..configuration_c2c import check_choice
@@ -35,31 +35,38 @@ MEMORY_RATIOS = ("warm_over_prompt", "cold_over_prompt")
 MEMORY_HIDDEN_SIZE = 64
 
 
+#: Sizes of base models for random weights: those of Qwen's, and tiny ones to try a script.
+SHAPES: dict[str, PreTrainedConfig] = {
+    name: (Qwen2Config if name == "Qwen2.5-0.5B" else Qwen3Config)(
+        vocab_size=151936,
+        max_position_embeddings=32768,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=name != "Qwen3-8B",
+    )
+    for name, hidden_size, intermediate_size, num_layers, num_heads, num_key_value_heads, head_dim in (
+        ("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 64),
+        ("Qwen3-0.6B", 1024, 3072, 28, 16, 8, 128),
+        ("Qwen3-4B", 2560, 9728, 36, 32, 8, 128),
+        ("Qwen3-8B", 4096, 12288, 36, 32, 8, 128),
+        ("tiny-a", 32, 48, 3, 4, 2, 8),
+        ("tiny-b", 24, 32, 2, 3, 1, 8),
+    )
+}
+
+
 def _demo_pair(dtype: torch.dtype) -> list[PreTrainedModel]:
     return [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in local_pair()]
 
 
 def _qwen_pair(dtype: torch.dtype) -> list[PreTrainedModel]:
     """Return models of the shapes of Qwen3-0.6B and Qwen2.5-0.5B, with random weights."""
-    shared = {"vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True}
-    receiver = Qwen3Config(
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        **shared,
-    )
-    sharer = Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        **shared,
-    )
-    return [AutoModelForCausalLM.from_config(config, dtype=dtype) for config in (receiver, sharer)]
+    names = ("Qwen3-0.6B", "Qwen2.5-0.5B")
+    return [AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype) for name in names]
 
 
 PAIRS: dict[str, Callable[[torch.dtype], list[PreTrainedModel]]] = {"demo": _demo_pair, "qwen": _qwen_pair}

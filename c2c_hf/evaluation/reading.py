@@ -16,7 +16,7 @@ from .methods.baselines import TextToText
 from .methods.registry import FUSER_FREE_METHODS
 from .metrics.exact_match_f1 import answer_scores
 from .metrics.intervals import paired_difference
-from .run_records import Json, Record, RunFolder, append_lines, group_records, read_lines
+from .run_records import Json, Record, RunFolder, SharedLines, group_records
 from .tasks.reading import SHORT_ANSWER, ReadingTask
 from .tasks.task import Item
 
@@ -39,14 +39,21 @@ class BaselineFile:
 
     Args:
         path: JSON Lines; made when the first answer is added.
+        folder: Of the run, whose processes extend the file.
         settings: What the answers depend on beside the item and the method: models, dtype, lengths.
         methods: Names of methods, of which those in `FUSER_FREE_METHODS` count.
     """
 
-    def __init__(self, path: Path, settings: Json, methods: Iterable[str]) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, folder: RunFolder, settings: Json, methods: Iterable[str]) -> None:
+        self.settings = settings
+        self._lines = SharedLines(path, folder.path, folder.processes)
         self.methods = [name for name in methods if name.rstrip("_0123456789") in FUSER_FREE_METHODS]
-        entries = [json.loads(line) for line in read_lines(path)]
+        self._records: dict[str, Record] = {}
+        self.join()
+
+    def join(self) -> None:
+        """Wait until every process is here, and load the answers of all."""
+        entries = [json.loads(line) for line in self._lines.join()]
         self._records = {entry["key"]: entry["record"] for entry in entries}
 
     def find(self, method: str, item: Item) -> Record | None:
@@ -58,7 +65,7 @@ class BaselineFile:
         if method not in self.methods:
             return
         new = {self._key(method, item): record for item, record in zip(items, records, strict=True)}
-        append_lines(self.path, [{"key": key, "record": record} for key, record in new.items()])
+        self._lines.append({"key": key, "record": record} for key, record in new.items())
         self._records |= new
 
     def _key(self, method: str, item: Item) -> str:
@@ -77,6 +84,8 @@ def answer_reading(
 ) -> None:
     """Answer what the folder does not hold yet; every answer is on the disk before the next batch starts.
 
+    Several processes share the batches.
+
     Args:
         folder: Takes the answers.
         tasks: The tasks.
@@ -88,10 +97,10 @@ def answer_reading(
     """
     done = {(record["task"], record["method"], record["id"]) for record in folder.records}
     total = sum(len(task.items) for task in tasks) * len(methods)
-    with tqdm(total=total, unit="answer") as progress:
+    with tqdm(total=total, unit="answer", disable=not folder.processes.is_main_process) as progress:
         for task in tasks:
             mismatched = task.mismatched_items() if "mismatched" in methods else {}
-            for start in range(0, len(task.items), batch_size):
+            for start in folder.own_share(range(0, len(task.items), batch_size)):
                 # All methods answer a batch before the next one, since they share the sharers' caches.
                 for name, method in methods.items():
                     progress.set_description(f"{task.name}, {name}")
@@ -111,7 +120,10 @@ def answer_reading(
                         {"task": task.name, "method": name, "id": item.id, **record}
                         for item, record in zip(items, found, strict=True)
                     )
-                    progress.update(len(batch))
+                    progress.update(len(batch) * folder.processes.num_processes)
+    if baselines is not None:
+        baselines.join()
+    folder.join()
 
 
 def _answer(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from tqdm.auto import tqdm
 
-from .methods.answerer import ContinuationScore, GeneratedAnswer, Method, Prompt, Query
+from .methods.answerer import MAX_EXAMPLES, ContinuationScore, GeneratedAnswer, Method, Prompt, Query
 from .run_records import Record, RunFolder
 from .tasks.extraction import asks_for_number, extract_answer, score_answer
 from .tasks.task import EvaluationTask, Item
@@ -26,7 +26,8 @@ def answer_tasks(
 ) -> None:
     """Answer what the folder does not hold yet; every answer is on the disk before the next batch starts.
 
-    An item that fails is recorded as wrong, with its error.
+    Several processes share the batches, which are those that one process would make. An item that fails is recorded as
+    wrong, with its error.
 
     Args:
         folder: Takes the answers.
@@ -39,7 +40,9 @@ def answer_tasks(
     """
     done = {(record["task"], record["method"], record["id"]) for record in folder.records}
     total = sum(len(task.items) for task in tasks) * len(methods)
-    with tqdm(total=total, initial=min(len(done), total), unit="answer") as progress:
+    with tqdm(
+        total=total, initial=min(len(done), total), unit="answer", disable=not folder.processes.is_main_process
+    ) as progress:
         for task in tasks:
             mismatched = task.mismatched_items() if len(task.items) > 1 else {}
             for name, method in methods.items():
@@ -47,12 +50,13 @@ def answer_tasks(
                 items = [item for item in task.items if (task.name, name, item.id) not in done]
                 # Batches of similar length need little padding; the longest come first, and with them failures.
                 items.sort(key=lambda item: -len(item.prompt) - sum(map(len, item.choices)))
-                for start in range(0, len(items), batch_size):
-                    batch = items[start : start + batch_size]
+                batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+                for batch in folder.own_share(batches):
                     queries = [_query(item, mismatched.get(item.id), task, seed, chat) for item in batch]
                     records = _answer(method, task, batch, queries, max_new_tokens)
                     folder.append({"task": task.name, "method": name, **record} for record in records)
-                    progress.update(len(batch))
+                    progress.update(len(batch) * folder.processes.num_processes)
+    folder.join()
 
 
 def _query(item: Item, mismatched: Item | None, task: EvaluationTask, seed: int, chat: bool) -> Query:
@@ -66,6 +70,7 @@ def _query(item: Item, mismatched: Item | None, task: EvaluationTask, seed: int,
         question=item.question,
         context=item.context,
         mismatched_context="" if mismatched is None else mismatched.context,
+        examples=task.examples(item, seed, MAX_EXAMPLES),
     )
 
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import TypeAlias
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
@@ -45,14 +47,24 @@ class AlignedStates:
         sharer: The sharer's entries.
         receiver: The receiver's entries.
         embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`; of width 0 for a fuser without.
+        token_ids: The receiver's tokens, `(num_tokens,)`.
+        rows: Which text of its batch a token is of, `(num_tokens,)`.
     """
 
     sharer: Entries
     receiver: Entries
     embeddings: torch.Tensor
+    token_ids: torch.Tensor
+    rows: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    def beginning(self, num_tokens: int) -> "AlignedStates":
+        """Return the first tokens."""
+        sharer, receiver = ([entry[:num_tokens] for entry in entries] for entries in (self.sharer, self.receiver))
+        own = (self.embeddings, self.token_ids, self.rows)
+        return AlignedStates(sharer, receiver, *(part[:num_tokens] for part in own))
 
     @classmethod
     def join(cls, parts: "Sequence[AlignedStates]") -> "AlignedStates":
@@ -61,6 +73,8 @@ class AlignedStates:
             [torch.cat(entry) for entry in zip(*(part.sharer for part in parts), strict=True)],
             [torch.cat(entry) for entry in zip(*(part.receiver for part in parts), strict=True)],
             torch.cat([part.embeddings for part in parts]),
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.rows for part in parts]),
         )
 
 
@@ -84,7 +98,8 @@ def fit_ridge(
     Each token of a text in its place in front of a prompt is a sample: the receiver's states there are predicted from
     those of the sharer token that would fill its slot on the receiver's grid. Keys are compared free of rotary
     position. Texts are streamed: memory grows with the width of the features, not with the texts. A fuser with
-    `memory_rank` gets the best map of that rank (reduced-rank regression); a residual network is reset.
+    `memory_rank` gets the best map of that rank (reduced-rank regression); a residual network is reset. The processes
+    that `accelerate launch` or `torchrun` starts share the texts, and all end with the fuser of all texts.
 
     Args:
         model: A pair with `mode="memory"`; its fuser is replaced.
@@ -110,9 +125,11 @@ def fit_ridge(
     """
     if model.config.mode != "memory":
         raise ValueError(f"`fit_ridge` needs `mode='memory'`, but the model has {model.config.mode!r}.")
-    batches = batched_texts(texts, batch_size, progress)
-    states = (aligned_states(model, processor, batch, sharer_index, max_length) for batch in batches)
-    first = first_states(states, num_selection_tokens)
+    processes = PartialState()
+    batches = batched_texts(texts, batch_size, progress and processes.is_main_process)
+    prefill = partial(aligned_states, model, processor, sharer_index=sharer_index, max_length=max_length)
+    # Every process prefills the first texts, and those that are held out, so that all of them fit the same fuser.
+    first = first_states(map(prefill, batches), num_selection_tokens)
     period = max(2, round(1 / held_out_share))
     too_few = ValueError(
         f"`texts` must hold more than {period} batches of {batch_size} texts, so that some can be held out; give more "
@@ -121,10 +138,14 @@ def fit_ridge(
     if sum(map(len, first)) < 2:
         raise too_few
     fuser = _start_fuser(model, sharer_index, AlignedStates.join(first), choose_layers)
-    sums, chunk, num_held_out = MapSums(fuser), [], 0
-    for number, part in enumerate(chain(first, states)):
-        if number % period == period - 1 and num_held_out < max_held_out:
-            num_held_out += len(part)
+    sums, chunk = MapSums(fuser), []
+    all_batches: Iterator[AlignedStates | list[str]] = chain(first, batches)
+    for number, batch in enumerate(all_batches):
+        held_out = number % period == period - 1 and sums.num_held_out < max_held_out
+        if not held_out and number % processes.num_processes != processes.process_index:
+            continue
+        part = batch if isinstance(batch, AlignedStates) else prefill(batch)
+        if held_out:
             sums.hold_out(part.sharer, part.receiver, part.embeddings)
             continue
         chunk.append(part)
@@ -133,9 +154,13 @@ def fit_ridge(
             chunk = []
     if chunk:
         _add(sums, chunk)
-    if num_held_out < 2:
+    if sums.num_held_out < 2:
         raise too_few
-    return solve_maps(fuser, sums, alphas, progress)
+    if processes.num_processes > 1:
+        # A process without a batch of its own has sums of 0, too.
+        _add(sums, [first[0].beginning(0)])
+        sums.add_over_processes()
+    return solve_maps(fuser, sums, alphas, progress and processes.is_main_process)
 
 
 def _add(sums: MapSums, chunk: Sequence[AlignedStates]) -> None:
@@ -240,6 +265,8 @@ def prefill_aligned(model: C2CForCausalLM, batch: Mapping[str, torch.Tensor], sh
         [state.to(device) for state in sharer],
         [state.to(device) for state in receiver],
         slot_embeddings(inputs, embedding, rows, columns, count).to(device) if count else torch.zeros(len(rows), 0),
+        input_ids[rows, columns],
+        rows,
     )
 
 

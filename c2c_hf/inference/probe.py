@@ -143,6 +143,18 @@ def check_padding(role: str, model: PreTrainedModel, attention_mask: torch.Tenso
         )
 
 
+def context_length(role: str, model: PreTrainedModel) -> int | None:
+    """Return the number of tokens of a model's context; `None` where the configuration names no limit.
+
+    Args:
+        role: Names the model in errors.
+        model: A base model, or a `C2CForCausalLM`, whose receiver has the limit.
+    """
+    model = _receiver_of(model)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit - first_position(model, role) if isinstance(limit, int) and limit > 0 else None
+
+
 def check_length(role: str, model: PreTrainedModel, length: int) -> None:
     """Refuse a text that is longer than a model's context.
 
@@ -154,13 +166,9 @@ def check_length(role: str, model: PreTrainedModel, length: int) -> None:
     Raises:
         ValueError: It is.
     """
-    model = _receiver_of(model)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return
-    limit -= first_position(model, role)
-    if length > limit:
-        reason = ""
+    limit = context_length(role, model)
+    if limit is not None and length > limit:
+        model, reason = _receiver_of(model), ""
         if "dynamic" in _rope_types(model):
             reason = " (its rotary frequencies change with longer texts, so that a prompt has no cache of its own)"
         raise ValueError(
@@ -285,9 +293,19 @@ def _is_rounded(model: PreTrainedModel, tensors: Sequence[torch.Tensor]) -> bool
     """Say whether a model computes in less than float32."""
     return (
         getattr(model, "hf_quantizer", None) is not None
-        or torch.get_float32_matmul_precision() != "highest"
+        or _rounds_float32()
         or any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors)
     )
+
+
+def _rounds_float32() -> bool:
+    """Say whether products of float32 matrices may be computed in less, on any device."""
+    # From torch 2.9 on there is one setting per backend, with which `get_float32_matmul_precision` may raise.
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    settings = [getattr(backend.matmul, "fp32_precision", None) for backend in backends]
+    if None in settings:
+        return torch.get_float32_matmul_precision() != "highest"
+    return any(setting not in ("none", "ieee") for setting in settings)
 
 
 def _flat(states: LayerStates) -> list[torch.Tensor]:

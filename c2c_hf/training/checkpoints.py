@@ -6,14 +6,28 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
-from .._files import move_into_place, staged_folder
-from ..checkpoints.fuser_weights import check_fuser_weights, is_own_weight, load_fuser_weights
+from .._files import move_into_place, remove_folder, staged_folder
+from ..checkpoints.fuser_weights import check_fuser_weights, load_fuser_weights
 from ..checkpoints.receiver_adapter import load_adapter
+from ..fusers import fuser_state_dict
 from ..modeling_c2c import C2CForCausalLM
 
 STATE_FILE = "trainer_state.json"
+
+
+def restore_model(model: C2CForCausalLM, folder: str) -> None:
+    """Load fuser and adapter from a checkpoint of this model.
+
+    Raises:
+        ValueError: It is one of another fuser.
+    """
+    weights = load_fuser_weights(folder, {})
+    tables = {name: value for name, value in model.state_dict().items() if name.startswith("token_table_")}
+    check_fuser_weights(weights, {**tables, **fuser_state_dict(model.fuser)})
+    model.load_state_dict(weights, strict=False)
+    load_adapter(model.receiver, folder, {})
 
 
 class CheckpointingTrainer(Trainer):
@@ -52,10 +66,22 @@ class CheckpointingTrainer(Trainer):
         if self._pushed_checkpoint is not None:
             self._pushed_checkpoint = None
             super()._push_from_checkpoint(str(run_dir / name))
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+        if self.args.should_save and (self.args.save_total_limit or 0) > 0:
+            checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+            # As transformers' `rotate_checkpoints`, which a kill would let leave half a checkpoint.
+            kept = {checkpoints[-1], self.state.best_model_checkpoint}
+            num_surplus = len(checkpoints) - max(self.args.save_total_limit or 0, len(kept & {*checkpoints}))
+            for checkpoint in [path for path in checkpoints if path not in kept][: max(0, num_surplus)]:
+                remove_folder(checkpoint)
+
+    def _finalize_training(self, trial: object, *args: object) -> TrainOutput:
+        """Finish; where one checkpoint is kept, it is the best one, and a later one goes as a whole."""
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.save_total_limit == 1 and best is not None and Path(best).is_dir():
+            for checkpoint in sort_checkpoints(self._get_output_dir(trial)):
+                if not Path(checkpoint).samefile(best):
+                    remove_folder(checkpoint)
+        return super()._finalize_training(trial, *args)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Uploads run in the background: they wait until the checkpoint is in its place.
@@ -65,11 +91,7 @@ class CheckpointingTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        weights = load_fuser_weights(resume_from_checkpoint, {})
-        own_weights = {name: value for name, value in self.model.state_dict().items() if is_own_weight(name)}
-        check_fuser_weights(weights, own_weights)
-        self.model.load_state_dict(weights, strict=False)
-        load_adapter(self.model.receiver, resume_from_checkpoint, {})
+        restore_model(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

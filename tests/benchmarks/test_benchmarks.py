@@ -20,6 +20,7 @@ from c2c_hf.benchmarks.cases import (
     prefill_memory,
     random_prompt,
 )
+from c2c_hf.benchmarks.gpu import TINY_PAIRS, gpu_table, run_gpu_benchmark
 from c2c_hf.benchmarks.suite import PARTS, plot_cost, run_benchmark
 from c2c_hf.benchmarks.timing import Rounds, time_in_turn
 
@@ -102,17 +103,18 @@ def test_refused() -> None:
         next(run_benchmark("qwen", [8], [1], [8], ["speed"]))
 
 
-def test_example_help() -> None:
-    example = ROOT / "examples" / "benchmark.py"
-    done = subprocess.run([sys.executable, str(example), "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "--lengths" in done.stdout
-
-
 def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_example_help(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        example("benchmark").main()
+    assert "--lengths" in capsys.readouterr().out
 
 
 def test_calls_are_counted_as_documented(tmp_path: Path) -> None:
@@ -170,3 +172,41 @@ def test_checkouts_are_compared(tmp_path: Path) -> None:
     command[2] = str(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "is no checkout" in done.stderr
+
+
+def test_the_table_of_a_gpu(tmp_path: Path) -> None:
+    """On the CPU, in tiny shapes: every figure but those of CUDA."""
+    results = list(
+        run_gpu_benchmark(
+            TINY_PAIRS, (12,), (1, 2), 8, torch.float32, "cpu", rounds=1, seconds=1000, compile_fuser=False
+        )
+    )
+    assert [row["batch_size"] for row in results] == [1, 2] and not any("missing" in row for row in results)
+    assert results[0]["fusion_graph_failure"] == "no CUDA device" and results[0]["synchronizations"] is None
+    late = list(run_gpu_benchmark(TINY_PAIRS, (12,), (1,), 8, torch.float32, "cpu", seconds=0))
+    assert late[0]["missing"] == "out of time"
+    page = tmp_path / "benchmarks.md"
+    page.write_text((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), encoding="utf-8")
+    for _ in range(2):
+        example("benchmark_gpu").write_table(page, gpu_table([*results, *late]), "Title:")
+    lines = page.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| tiny-a, tiny-b |")]
+    assert len(rows) == 3 and "out of time" in rows[2] and "No GPU was available to fill it." not in lines
+    heading = next(line for line in lines if line.startswith("| receiver, sharer |"))
+    assert {line.count(" | ") for line in rows} == {heading.count(" | ")}
+
+
+def test_growth(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    growth = example("benchmark_growth")
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(growth, "SHARERS_AT", 32)
+    command = ["growth", "--lengths", "32", "64", "--sharers", "1", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "growth.json")])
+    try:
+        growth.main()
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("fusion", "memory slots", "token table", "span alignment", "exponent"))
+    assert set(json.loads((tmp_path / "growth.json").read_text())) == {"rounds", "length", "sharers at 32 tokens"}
+    assert growth.exponent({2: 4.0, 4: 8.0, 8: 16.0}) == pytest.approx((1.0, 0.0))

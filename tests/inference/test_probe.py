@@ -26,7 +26,7 @@ from transformers import (
 from c2c_hf import C2CForCausalLM
 from c2c_hf._compat import CACHE_ARGUMENT
 from c2c_hf.inference.prefill import cached_states, full_length_cache, takes_position_ids
-from c2c_hf.inference.probe import check_length, check_padding, model_position_ids, probe_model
+from c2c_hf.inference.probe import _rounds_float32, check_length, check_padding, model_position_ids, probe_model
 from c2c_hf.inference.rotary import layer_rotations
 from c2c_hf.inference.sharer_cache import prefill_sharer
 
@@ -269,3 +269,29 @@ def test_rotations_move_keys(config: transformers.PreTrainedConfig) -> None:
     for rotation, (keys, _), (moved, _) in zip(rotations, *map(cached_states, caches), strict=True):
         free = rotation.remove(keys[0].transpose(0, 1), positions)
         torch.testing.assert_close(rotation.apply(free, positions + 9).transpose(0, 1), moved[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "mkldnn", "all"])
+def test_reduced_precision_of_products(backend: str) -> None:
+    """`TrainingArguments(tf32=True)` sets it, too; torch refuses to answer the question of older releases then."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch has one setting per backend from 2.9 on")
+    place = torch.backends if backend == "all" else getattr(torch.backends, backend).matmul
+    before = place.fp32_precision
+    assert not _rounds_float32()
+    try:
+        place.fp32_precision = "tf32"
+        assert _rounds_float32() == (torch.backends.cuda.matmul.fp32_precision == "tf32" or backend == "mkldnn")
+        assert probe_model(tiny_model("llama"), "receiver").layer_shapes == [(2, 8, 8)] * 3
+    finally:
+        place.fp32_precision = before
+    assert not _rounds_float32()
+
+
+def test_reduced_precision_by_the_older_setting() -> None:
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert _rounds_float32()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not _rounds_float32()

@@ -9,7 +9,7 @@ from conftest import random_ids, randomize_fuser, tiny_c2c, tiny_model
 
 from c2c_hf import C2CForCausalLM
 
-THREADS, CALLS = 8, 200
+THREADS = 8
 
 
 def fusion_model() -> C2CForCausalLM:
@@ -37,8 +37,10 @@ def memory_inputs(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("calls", [200, pytest.param(THREADS * 2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("build", "make_inputs"), [(fusion_model, fusion_inputs), (memory_model, memory_inputs)])
-def test_threads_share_a_model(build, make_inputs) -> None:
+@pytest.mark.timeout(3600)
+def test_threads_share_a_model(build, make_inputs, calls: int) -> None:
     model = build()
 
     def answer(call: int) -> list[int]:
@@ -49,8 +51,8 @@ def test_threads_share_a_model(build, make_inputs) -> None:
     expected = [answer(call) for call in range(20)]
     assert expected[::2] != expected[1::2], "fusion changes nothing, so switching it off would not be noticed"
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(answer, range(CALLS)))
-    assert found == [expected[call % 20] for call in range(CALLS)]
+        found = list(pool.map(answer, range(calls)))
+    assert found == [expected[call % 20] for call in range(calls)]
     assert model.fusion_enabled
 
 

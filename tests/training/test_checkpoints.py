@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_for_tests import PROCESSOR, base_models, fuser_weights, logged_losses, make_model, make_trainer
+from training_worker_for_tests import distributed_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from c2c_hf import C2CForCausalLM
@@ -97,16 +98,41 @@ def run_worker(*words: str, processes: int = 1, check: bool = True) -> subproces
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """The same global batches, fuser and losses; not every process aligns the second sharer in every step."""
-    run_worker("distributed", str(tmp_path / "two"), "2", processes=2)
+    """The same global batches, fuser and losses; not every process aligns the second sharer in every step.
+
+    Also with accumulated batches of which the last is smaller, or empty on one process; in evaluations; with sharded
+    parameters (FSDP2); and continuing a checkpoint of another number of processes.
+    """
     run_worker("distributed", str(tmp_path / "one"), "4")
-    one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("one", "two"))
-    assert len(one) == 5 and max(one) - min(one) > 1e-3
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=1e-4, rtol=0)
+    run_worker("distributed", str(tmp_path / "two"), "2", str(tmp_path / "one" / "checkpoint-2"), processes=2)
+    one, two = (json.loads((tmp_path / name / "found.json").read_text()) for name in ("one", "two"))
+    assert len(one["losses"]) == 5 and max(one["losses"]) - min(one["losses"]) > 1e-3
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
     weights, expected = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("two", "one"))
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, atol=1e-4, rtol=0)
     assert (tmp_path / "two" / "checkpoint-4" / "rng_state_1.pth").is_file()
+
+    assert len(one["uneven"]) == 4
+    assert two["uneven"] == pytest.approx(one["uneven"], rel=1e-4)
+    assert two["uneven"][0] == pytest.approx(one["uneven"][0], rel=1e-6)
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+    assert sorted(two["writes"]) == sorted(one["writes"]), "each row's sharer cache has one writer"
+    assert len(set(one["writes"])) == len(one["writes"]) == 8
+
+    assert two["sharded"] == pytest.approx(one["sharded"], abs=1e-4)
+    receiver, *sharers = base_models()
+    loaded = [
+        C2CForCausalLM.from_pretrained(tmp_path / name / "sharded", receiver=receiver, sharers=sharers).fuser
+        for name in ("one", "two")
+    ]
+    for own, other in zip(*(fuser.parameters() for fuser in loaded), strict=True):
+        torch.testing.assert_close(other, own, atol=1e-4, rtol=0)
+
+    assert two["resumed"] == pytest.approx(one["losses"], abs=1e-4)
+    trainer = distributed_trainer(tmp_path / "resumed", 4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-2"))
+    assert logged_losses(trainer) == pytest.approx(one["losses"], abs=1e-4)
 
 
 def test_a_run_killed_while_it_saves_resumes(tmp_path: Path) -> None:

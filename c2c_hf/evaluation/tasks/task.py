@@ -55,6 +55,12 @@ class Item:
         """Return a seed of this item's own, derived from the run's."""
         return int.from_bytes(hashlib.sha256(f"{seed}/{self.id}".encode()).digest()[:4], "big")
 
+    def right_answer(self) -> str:
+        """Return the right continuation of the prompt, with its delimiter."""
+        if isinstance(self.answer, int) and self.choices:
+            return self.choices[self.answer]
+        return f" {self.doc['answers'][0] if 'answers' in self.doc else self.answer}"
+
 
 @dataclass(frozen=True)
 class EvaluationTask:
@@ -93,6 +99,18 @@ class EvaluationTask:
                 raise ValueError(f"`tasks`: {self.name!r} needs at least two different questions for this control.")
             mismatched[item.id] = other
         return mismatched
+
+    def examples(self, item: Item, seed: int, count: int) -> tuple[str, ...]:
+        """Return other items' prompts with their answers, drawn at random for each item.
+
+        Args:
+            item: The item that they are for.
+            seed: Of the run.
+            count: Their number; fewer where the task has fewer items.
+        """
+        others = [other for other in self.items if other.prompt != item.prompt]
+        drawn = random.Random(item.seed(seed)).sample(others, min(count, len(others)))
+        return tuple(other.prompt + other.right_answer() for other in drawn)
 
 
 def _differs(other: Item, item: Item) -> bool:
