@@ -261,7 +261,8 @@ def test_taught_facts_name_the_mismatched_question(tmp_path: Path) -> None:
     assert {(task, method, "mismatched_answer") for task in tasks for method in methods} <= shown
     assert "answer of the mismatched question" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     (task,) = load_tasks(tasks[:1], limit=4)
-    scores = {(record["method"], record["id"]): record for record in predictions(tmp_path / "run")}
+    answered = [record for record in predictions(tmp_path / "run") if record["task"] == task.name]
+    scores = {(record["method"], record["id"]): record for record in answered}
     for item in task.items:
         other = task.mismatched_items()[item.id]
         assert other.prompt == item.doc["mismatched_question"] != item.prompt
