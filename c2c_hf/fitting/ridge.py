@@ -132,7 +132,8 @@ def fit_ridge(
         raise too_few
     fuser = _start_fuser(model, sharer_index, AlignedStates.join(first), choose_layers)
     sums, chunk = MapSums(fuser), []
-    for number, batch in enumerate(chain(first, batches)):
+    remaining: Iterator[AlignedStates | list[str]] = chain(first, batches)
+    for number, batch in enumerate(remaining):
         held_out = number % period == period - 1 and sums.num_held_out < max_held_out
         if not held_out and number % processes.num_processes != processes.process_index:
             continue

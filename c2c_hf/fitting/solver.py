@@ -187,8 +187,10 @@ class MapSums:
 
     def add_over_processes(self) -> None:
         """Add up the sums of all processes, which hold out the same tokens."""
-        for sums in (self._x_sums, self._y_sums, self._xy, self._xx):
-            _add_over_processes(sums)
+        _add_over_processes(self._x_sums)
+        _add_over_processes(self._y_sums)
+        _add_over_processes(self._xy)
+        _add_over_processes(self._xx)
         count = next(iter(self._x_sums.values())).new_tensor(self.num_tokens)
         torch.distributed.all_reduce(count)
         self.num_tokens = int(count)
