@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .processing_c2c import C2CProcessor
     from .training.arguments import C2CTrainingArguments
     from .training.collator import C2CDataCollator
+    from .training.shared_space import SharedSpaceTrainer, add_sharer, share_encoders
     from .training.trainer import C2CTrainer
 
 __all__ = [
@@ -27,11 +28,14 @@ __all__ = [
     "C2CTrainer",
     "C2CTrainingArguments",
     "SharerCache",
+    "SharedSpaceTrainer",
     "SharerConfig",
     "__version__",
+    "add_sharer",
     "convert_reference_checkpoint",
     "fit_layer_mapping",
     "fit_ridge",
+    "share_encoders",
 ]
 
 __version__ = "0.1.0"
@@ -45,11 +49,14 @@ _MODULES = {
     "C2CProcessor": ".processing_c2c",
     "C2CTrainer": ".training.trainer",
     "C2CTrainingArguments": ".training.arguments",
+    "SharedSpaceTrainer": ".training.shared_space",
     "SharerCache": ".inference.sharer_cache",
     "SharerConfig": ".configuration_c2c",
+    "add_sharer": ".training.shared_space",
     "convert_reference_checkpoint": ".convert_reference",
     "fit_layer_mapping": ".fitting.layer_mapping",
     "fit_ridge": ".fitting.ridge",
+    "share_encoders": ".training.shared_space",
 }
 
 
@@ -65,16 +72,18 @@ def __dir__() -> list[str]:
 
 
 def _register_auto_classes() -> None:
-    """Register configuration, model and processor with the Auto classes of transformers."""
+    """Register configuration, model and processor with the Auto classes of transformers, and the pipeline."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
     from .configuration_c2c import C2CConfig
+    from .integrations.pipeline import register_pipeline
     from .modeling_c2c import C2CForCausalLM
     from .processing_c2c import C2CProcessor
 
     AutoConfig.register(C2CConfig.model_type, C2CConfig)
     AutoModelForCausalLM.register(C2CConfig, C2CForCausalLM)
     AutoProcessor.register(C2CConfig, C2CProcessor)
+    register_pipeline()
 
 
 # Importing transformers takes seconds, for which `c2c --help` does not wait; without it there are no Auto classes.

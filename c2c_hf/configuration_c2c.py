@@ -13,7 +13,7 @@ TOKEN_ALIGNMENTS = ("identity", "first", "longest", "span")
 MODES = ("fusion", "memory")
 FUSION_MODES = ("parallel", "sequential")
 MEMORY_GRIDS = ("receiver", "sharer")
-FUSER_TYPES = ("c2c", "c2c_complex")
+FUSER_TYPES = ("c2c", "c2c_complex", "c2c_shared")
 FUSER_INITIALIZATIONS = ("closed_gates", "zero_output")
 
 Value = TypeVar("Value")
@@ -104,6 +104,8 @@ class SharerConfig:
     Args:
         name_or_path: Hub id or folder of the model.
         revision: Commit, tag or branch. `None` for a local folder.
+        gguf_file: The file of a model in GGUF format. `None`: another format.
+        has_adapter: Whether the model came with a PEFT adapter, which is saved beside the fuser.
         config: Nested configuration of the model, or its dictionary.
         layer_shapes: Per cached layer `[num_key_value_heads, key head_dim, value head_dim]`, measured on the model
             when the fuser is built and compared when it is loaded again.
@@ -131,6 +133,8 @@ class SharerConfig:
 
     name_or_path: str | None = None
     revision: str | None = None
+    gguf_file: str | None = None
+    has_adapter: bool = False
     config: PreTrainedConfig | dict[str, Any] | None = None
     layer_shapes: list[list[int]] | None = None
     fingerprint: str | None = None
@@ -181,10 +185,18 @@ SHARER_FIELDS = (
     *("token_alignment", "bos_token_id", "fuser_hidden_size", "fuser_intermediate_size", "num_fuser_layers"),
     "fuser_dropout",
 )
+_FUSER_SIZES = ("fuser_hidden_size", "fuser_intermediate_size", "num_fuser_layers", "fuser_dropout")
 #: Fields without meaning in memory mode, with their defaults.
 _FUSION_ONLY = {"fuser_type": "c2c", "joint_keys_values": False, "unrotate_keys": False}
 _MEASURED_FIELDS = (
-    *("receiver_name_or_path", "receiver_revision", "receiver_config", "receiver_fingerprint", "sharers"),
+    *(
+        "receiver_name_or_path",
+        "receiver_revision",
+        "receiver_gguf_file",
+        "receiver_config",
+        "receiver_fingerprint",
+        "sharers",
+    ),
     *("receiver_layer_shapes", "receiver_embedding_size", "receiver_tokenizer_hash"),
 )
 
@@ -198,6 +210,7 @@ class C2CConfig(PreTrainedConfig):
     Args:
         receiver_name_or_path: Hub id or folder of the model that answers.
         receiver_revision: Commit, tag or branch of the receiver. `None` for a local folder.
+        receiver_gguf_file: The file of a receiver in GGUF format. `None`: another format.
         receiver_config: Nested configuration of the receiver, or its dictionary.
         receiver_layer_shapes: Per cached receiver layer `[num_key_value_heads, key head_dim, value head_dim]`,
             measured on the model when the fuser is built and compared when it is loaded again.
@@ -210,7 +223,8 @@ class C2CConfig(PreTrainedConfig):
             their own in the receiver's cache; the shared text is not fused then.
         fuser_type: The fuser of fusion mode. `"c2c"`: the projector of arXiv 2510.03215. `"c2c_complex"`: the same
             behind a three-layer network of its own that brings the sharer's states to the receiver's width (C2C-C,
-            section A.1.3 there).
+            section A.1.3 there). `"c2c_shared"`: a network per sharer into a latent space, one projector out of it for
+            all sharers, and gates of their own (table 14 there).
         fuser_initialization: How a new fuser changes nothing. `"closed_gates"`: all gates at logit 0, which is closed
             at inference, in front of random output layers (arXiv 2510.03215); training starts by adding noise.
             `"zero_output"`: gates open at logit 1 in front of output layers that are zero, as LoRA starts.
@@ -224,6 +238,9 @@ class C2CConfig(PreTrainedConfig):
             takes.
         joint_keys_values: In fusion mode, the projectors of a layer's keys and of its values both get the sharer's
             keys and values; else keys get keys and values get values.
+        shared_hidden_size: Width of the latent space of `"c2c_shared"`. Equal in all models that share it.
+        shared_num_layers: Number of its layers, each filled from the sharer layer at the nearest relative depth;
+            `layer_alignment` maps the receiver's layers to them. Equal likewise.
         unrotate_keys: In fusion mode, the fuser gets keys free of rotary position, and its changes of the receiver's
             keys are rotated to their positions. It then need not learn positions, and the sharer's may differ.
         fusion_mode: With several sharers, `"parallel"` sums the changes that every fuser computes on the receiver's
@@ -250,6 +267,7 @@ class C2CConfig(PreTrainedConfig):
 
     receiver_name_or_path: str | None = None
     receiver_revision: str | None = None
+    receiver_gguf_file: str | None = None
     receiver_config: PreTrainedConfig | dict[str, Any] | None = None
     receiver_layer_shapes: list[list[int]] | None = None
     receiver_embedding_size: int | None = None
@@ -265,6 +283,8 @@ class C2CConfig(PreTrainedConfig):
     fusion_source_layers: int = 1
     joint_keys_values: bool = False
     unrotate_keys: bool = False
+    shared_hidden_size: int = 512
+    shared_num_layers: int = 16
     fusion_mode: str = "parallel"
     fuse_response: bool = False
     memory_grid: str = "receiver"
@@ -324,6 +344,7 @@ class C2CConfig(PreTrainedConfig):
         for field, smallest in (
             *(("fusion_source_layers", 1), ("memory_source_layers", 1), ("memory_token_embeddings", 0)),
             *(("memory_sink_tokens", 0), ("memory_hidden_size", 0)),
+            *(("shared_hidden_size", 1), ("shared_num_layers", 1)),
         ):
             _check_integer(field, getattr(self, field), smallest)
         if self.fusion_source_layers > 1 and self.layer_alignment != "learned":
@@ -331,6 +352,15 @@ class C2CConfig(PreTrainedConfig):
                 f"`fusion_source_layers` must be 1 without `layer_alignment='learned'`, but got "
                 f"{self.fusion_source_layers} with {self.layer_alignment!r}."
             )
+        if self.fuser_type == "c2c_shared":
+            if self.layer_alignment == "learned":
+                raise ValueError("`layer_alignment='learned'` does not go with `fuser_type='c2c_shared'`.")
+            sizes = {tuple(getattr(sharer, name) for name in _FUSER_SIZES) for sharer in self.sharers}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"`fuser_type='c2c_shared'` has one projector for all sharers: {list(_FUSER_SIZES)} must be "
+                    f"equal, but got {sorted(sizes)}."
+                )
         for field in ("joint_keys_values", "unrotate_keys"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"`{field}` must be True or False, but got {getattr(self, field)!r}.")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import CONFIG_NAME, can_return_tuple
+from transformers.utils import CONFIG_NAME, can_return_tuple, logging
 
 from ._compat import CACHE_ARGUMENT, accepts_argument, pop_cache
 from ._files import staged_folder
@@ -53,15 +53,18 @@ from .checkpoints.fuser_weights import (
 )
 from .checkpoints.receiver_adapter import (
     ADAPTER_FOLDER,
+    ADAPTER_FOLDERS,
+    SHARER_ADAPTER_FOLDER,
     has_adapter,
     load_adapter,
+    remove_adapter,
     save_adapter,
     set_adapter_mode,
     trains,
 )
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import C2CConfig, SharerConfig
-from .fusers import build_fusers
+from .fusers import build_fusers, fuser_state_dict
 from .fusers.c2c import C2CFuser, FuserGroup
 from .fusers.memory import MemoryFuser
 from .hub.publish import publish_fuser
@@ -78,6 +81,7 @@ from .inference.fusion import (
 from .inference.inputs import (
     GivenCaches,
     GivenSharerInputs,
+    ModelInputs,
     PerSharer,
     ReceiverInputs,
     SharerInputs,
@@ -86,6 +90,7 @@ from .inference.inputs import (
     collect_fusion_inputs,
     collect_memory_inputs,
     new_alignment,
+    prefill_given_inputs,
     sharer_inputs_from_caller,
     sharer_inputs_from_tokens,
     tensor_per_sharer,
@@ -112,6 +117,11 @@ from .inference.probe import check_length, check_padding, first_position
 from .inference.rotary import Rotation, describe_rotations, layer_rotations, read_rotations
 from .inference.sharer_cache import SharerCache, prefill_sharer
 from .processing_c2c import C2CProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.get_logger(__name__)
 
 _SHARER_TENSORS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment", "sharer_position_ids")
 #: Arguments of `forward` and `generate` beside those of every causal language model.
@@ -166,10 +176,11 @@ def run_receiver(
         call["position_ids"] = inputs.position_ids
     keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
     if keeps_some and accepts_argument(receiver, "logits_to_keep"):
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = last_positions(inputs.tokens, logits_to_keep)
         call["logits_to_keep"] = logits_to_keep
         if labels is not None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            labels = labels[:, kept]
+            labels = labels[:, logits_to_keep]
     if labels is not None:
         call["labels"] = labels
     return receiver(**call)
@@ -219,7 +230,7 @@ def continue_receiver(
     if tail_length == 0:
         return None
     tail = inputs.columns(tail_start, seq_len)
-    kept = last_positions(tail.tokens, num_kept) if num_kept < tail_length else 0
+    kept = num_kept if num_kept < tail_length else 0
     if tail_mask is None:
         return run_receiver(receiver, tail, cache, None, True, kept, kwargs)
     fused_cache = cache if isinstance(cache, C2CCache) else C2CCache(cache)
@@ -324,6 +335,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         sharer_caches: GivenCaches | None = None,
         sharer_settings: PerSharer | None = None,
+        sharer_inputs_embeds: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        sharer_model_inputs: ModelInputs | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Prefill a prompt with all models and fuse, or decode further tokens.
@@ -355,6 +368,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 here; with several sharers a list, `None` for those that run here. Not with `fuse_response`.
             sharer_settings: `(batch_size, 6)`, with several sharers a list: by these, inputs of a processor that is
                 not this model's are refused. `None`: not compared.
+            sharer_inputs_embeds: `(batch_size, sharer_len, hidden_size)`, prefilled in place of `sharer_input_ids`;
+                with several sharers a list, `None` for those without. Not with `fuse_response`.
+            sharer_model_inputs: Further arguments of the sharer's own forward pass, such as `{"pixel_values": ...}` of
+                a vision-language model, whose image tokens are in `sharer_input_ids`; with several sharers a list. Not
+                with `fuse_response`.
             **kwargs: Passed on to the receiver.
 
         Returns:
@@ -373,6 +391,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         given = GivenSharerInputs(
             sharer_input_ids, sharer_attention_mask, sharer_alignment, sharer_position_ids, sharer_caches
         )
+        if self.fusion_enabled and (sharer_inputs_embeds is not None or sharer_model_inputs is not None):
+            given = prefill_given_inputs(
+                self.config, list(self.sharers), given, sharer_inputs_embeds, sharer_model_inputs
+            )
         seq_len = inputs.seq_len
         num_kept = seq_len if isinstance(logits_to_keep, torch.Tensor) or not logits_to_keep else logits_to_keep
 
@@ -382,6 +404,11 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             inputs, sharers, cache = self._collect_memory_inputs(inputs, given, cache, use_cache)
         elif self.fusion_enabled:
             sharers = collect_fusion_inputs(self.config, self.token_tables, inputs, given, labels, cache)
+            if sharers and given.input_ids is None and labels is None and num_kept == seq_len > 1:
+                logger.warning_once(
+                    "`forward` got token ids alone and no `labels` that say where the prompt ends: the logits of all "
+                    "but the last position are the receiver's own. To score a continuation, pass `labels`."
+                )
         # In `generate` the receiver has made position ids already; its mask may be four-dimensional then.
         if self.fusion_enabled and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             inputs = inputs.with_positions()
@@ -757,6 +784,15 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: With `prefill_chunk_size`: a chunk would attend to the fused states of the one before it.
         """
         self.check_processor(kwargs.pop("sharer_settings", None))
+        embeds, model_inputs = kwargs.pop("sharer_inputs_embeds", None), kwargs.pop("sharer_model_inputs", None)
+        if self.fusion_enabled and (embeds is not None or model_inputs is not None):
+            # As caches, which beams repeat, and which the prefill of the prompt takes.
+            names = ("sharer_input_ids", "sharer_attention_mask", "sharer_position_ids", "sharer_caches")
+            ids, masks, positions, caches = (kwargs.get(name) for name in names)
+            given = GivenSharerInputs(ids, masks, None, positions, caches)
+            given = prefill_given_inputs(self.config, list(self.sharers), given, embeds, model_inputs)
+            kwargs |= {"sharer_input_ids": given.input_ids, "sharer_attention_mask": given.attention_mask}
+            kwargs["sharer_caches"] = given.caches
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
         if self.fusion_enabled and chunk_size is not None:
@@ -911,9 +947,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         """Build a model with an untrained fuser; in fusion mode its output equals the receiver's.
 
         Args:
-            receiver: Hub id, folder or loaded model.
+            receiver: Hub id, folder or loaded model, also PEFT's: an adapter is saved beside the fuser.
             sharers: One of these, or a list.
-            receiver_kwargs: Arguments of the receiver's own `from_pretrained`.
+            receiver_kwargs: Arguments of the receiver's own `from_pretrained`. `gguf_file` and `quantization_config`
+                are recorded and used again.
             sharer_kwargs: The same for the sharers: one dictionary for all, or one per sharer.
             token_alignment: See [`SharerConfig`]; one for all, or one per sharer. `None`: `"identity"` between equal
                 vocabularies, else `"span"`.
@@ -944,18 +981,21 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             {
                 "name_or_path": name,
                 "revision": revision,
+                "gguf_file": kwargs.get("gguf_file") if isinstance(base, str | Path) else None,
                 "config": model.config,
                 "fingerprint": fingerprint(model),
                 "tokenizer_hash": None if tokenizer is None else tokenizer_hash(tokenizer),
             }
-            for (model, name, revision), tokenizer in zip(loaded, tokenizers, strict=True)
+            for base, (model, name, revision), tokenizer, kwargs in zip(
+                [receiver, *bases], loaded, tokenizers, all_kwargs, strict=True
+            )
         ]
         own, *others = records
         config = C2CConfig(
             **{f"receiver_{field}": value for field, value in own.items()},
             sharers=[
-                SharerConfig(**record, token_alignment=alignment)
-                for record, alignment in zip(others, alignments, strict=True)
+                SharerConfig(**record, token_alignment=alignment, has_adapter=has_adapter(sharer))
+                for record, alignment, sharer in zip(others, alignments, models[1:], strict=True)
             ],
         )
         config.override(config_fields)
@@ -1093,6 +1133,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         check_fuser_weights(weights, model._own_state_dict())
         model.load_state_dict(weights, strict=False)
         load_adapter(model.receiver, name, hub_kwargs)
+        for index, (sharer, sharer_config) in enumerate(zip(model.sharers, config.sharers, strict=True)):
+            if sharer_config.has_adapter and isinstance(sharer, PreTrainedModel):
+                load_adapter(sharer, name, hub_kwargs, SHARER_ADAPTER_FOLDER.format(index), required=True)
         model.name_or_path = config.name_or_path or name
         model.eval()
         if output_loading_info:
@@ -1145,6 +1188,30 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         set_adapter_mode(self.receiver.eval(), mode)
         self.sharers.eval()
         return self
+
+    @property
+    def peft_config(self) -> "dict[str, PeftConfig]":
+        """The receiver's PEFT adapter, as on any model of transformers; setting it takes PEFT layers off the others.
+
+        PEFT sets it when it has put a new adapter into all modules of the target names, those of the sharers and the
+        fuser among them, as `get_peft_model(c2c_model, config)` does: the receiver alone keeps it.
+
+        Raises:
+            AttributeError: There is none.
+            ValueError: The receiver has no such module, or a sharer has an adapter of its own.
+        """
+        return self.receiver.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: "dict[str, PeftConfig]") -> None:
+        if any(has_adapter(sharer) for sharer in self.sharers if isinstance(sharer, PreTrainedModel)):
+            raise ValueError(
+                "`get_peft_model` changes the adapter that a sharer has; build the model anew, and put the receiver's "
+                "adapter into `model.receiver` by `get_peft_model`, or train it by `C2CTrainer(peft_config=...)`."
+            )
+        remove_adapter(self.sharers)
+        remove_adapter(self.fuser)
+        self.receiver.peft_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the receiver's input embeddings."""
@@ -1208,11 +1275,10 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ saving and publishing
 
     def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        if state_dict is not None:
-            return {name: value for name, value in state_dict.items() if is_own_weight(name)}
         # The base models are not asked: quantized ones may change their weights when they are.
         tables = {f"token_table_{index}": table for index, table in enumerate(self.token_tables) if table is not None}
-        return {**self.fuser.state_dict(prefix="fuser."), **tables}
+        own = {**fuser_state_dict(self.fuser), **tables}
+        return own if state_dict is None else {name: value for name, value in state_dict.items() if name in own}
 
     def save_pretrained(
         self,
@@ -1224,7 +1290,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         int8: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save configuration and fuser, never a base model's weight; the receiver's PEFT adapter, if it has one.
+        """Save configuration and fuser, never a base model's weight; PEFT adapters of base models, if there are any.
 
         The files are written to a staging folder first and moved to their places when all are complete, so that an
         interrupted save leaves the earlier files as they were.
@@ -1263,8 +1329,9 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
                 # What safetensors raises where the disk is full.
                 raise OSError(f"The fuser could not be written ({error}); the earlier files are unchanged.") from error
             write_code(staging, CONFIG_NAME, with_code)
-            if has_adapter(self.receiver):
-                save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+            save_adapter(self.receiver, staging / ADAPTER_FOLDER)
+            for index, sharer in enumerate(self.sharers):
+                save_adapter(sharer, staging / SHARER_ADAPTER_FOLDER.format(index))
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", target.resolve().name)
             size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
@@ -1345,4 +1412,4 @@ def _as_list(sharers: BaseModel | Sequence[BaseModel]) -> list[BaseModel]:
 
 def _is_saved_weight(name: str) -> bool:
     """Return whether a file or folder of this name belongs to an earlier save of a fuser."""
-    return name == ADAPTER_FOLDER or re.fullmatch(r"model.*\.safetensors.*", name) is not None
+    return re.fullmatch(rf"{ADAPTER_FOLDERS}|model.*\.safetensors.*", name) is not None

@@ -25,7 +25,7 @@ from .alignment.report import AlignmentReport, alignment_report
 from .alignment.spans import Segment, align_slots, align_spans
 from .alignment.special_tokens import BREAK, special_token_splitter, split_strings
 from .alignment.token_table import apply_token_table, build_token_table, own_bos_token_id, resolve_alignments
-from .checkpoints.base_models import TOKENIZER_KWARGS, load_tokenizer
+from .checkpoints.base_models import TOKENIZER_KWARGS, load_tokenizer, recorded_kwargs
 from .checkpoints.download import HUB_KWARGS, fetch_folder
 from .checkpoints.remote_code import write_code
 from .configuration_c2c import MEMORY_GRIDS, MODES, C2CConfig, check_choice, one_per_sharer
@@ -285,6 +285,12 @@ class C2CProcessor(ProcessorMixin):
         Raises:
             ValueError: A name is neither recorded nor given, and as the constructor.
         """
+        # A model from elsewhere has revisions and files of its own.
+        receiver_kwargs, *sharer_kwargs = recorded_kwargs(config)
+        if receiver is not None:
+            receiver_kwargs = {}
+        if sharers is not None:
+            sharer_kwargs = [{}] * config.num_sharers
         receiver = config.receiver_name_or_path if receiver is None else receiver
         if sharers is None:
             sharers = [sharer.name_or_path for sharer in config.sharers if sharer.name_or_path is not None]
@@ -296,6 +302,8 @@ class C2CProcessor(ProcessorMixin):
             receiver,
             sharers,
             config.token_alignments,
+            receiver_kwargs,
+            sharer_kwargs,
             mode=config.mode,
             memory_grid=config.memory_grid,
             memory_sink_tokens=config.memory_sink_tokens,
@@ -489,6 +497,40 @@ class C2CProcessor(ProcessorMixin):
         ]
         batch = self._make_batch(prompts, layout, False, add_sharer_bos, single)
         return batch if return_dict else batch["input_ids"]
+
+    def pad(
+        self,
+        encoded_inputs: Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Join outputs for single prompts into one batch.
+
+        Args:
+            encoded_inputs: Outputs with `return_tensors=None`, of one prompt each.
+            padding: As for texts.
+            max_length: The width under `padding="max_length"`.
+            pad_to_multiple_of: As for texts.
+            return_tensors: As for texts.
+
+        Returns:
+            The same outputs as for several texts.
+
+        Raises:
+            ValueError: There is no prompt, or lengths no tensor can hold.
+        """
+        names = self.model_input_names[2:5]
+        several = len(self.sharer_tokenizers) > 1
+        rows = []
+        for encoded in encoded_inputs:
+            columns = [encoded[name] if several else [encoded[name]] for name in names]
+            sharers = [SharerRow(ids, mask, np.array(aligned)) for ids, mask, aligned in zip(*columns, strict=True)]
+            rows.append(Row(encoded["input_ids"], sharers))
+        layout = BatchLayout(padding, False, max_length, pad_to_multiple_of, return_tensors)
+        layout.check_rows([row.ids for row in rows])
+        return self._pad_rows(rows, layout, single=False)
 
     def _check_contexts(self, sharer_context: str | Sequence[str] | None, count: int, name: str) -> list[str]:
         """Return one context per row of the argument `name`, `""` for none."""

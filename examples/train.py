@@ -12,20 +12,19 @@ Another one (on eight GPUs, with `torchrun --nproc-per-node 8` in front):
 
 import argparse
 
-from datasets import concatenate_datasets
 from transformers import set_seed
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, C2CTrainer, C2CTrainingArguments
 from c2c_hf.demo import local_pair
-from c2c_hf.training.dataset import load_rows, prepare_dataset
+from c2c_hf.training.dataset import load_rows
 
 
 def main() -> None:
-    """Build the pair, tokenize the data, train, save."""
+    """Build the pair, train on the rows, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--receiver", help="Hub id or folder")
     parser.add_argument("--sharer", help="Hub id or folder")
-    parser.add_argument("--train-data", nargs="+", required=True, help="JSON Lines files or Hub ids")
+    parser.add_argument("--train-data", required=True, help="JSON Lines file or Hub id")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--max-steps", type=int, default=300)
@@ -43,11 +42,9 @@ def main() -> None:
     sizes = {"fuser_hidden_size": options.hidden_size, "fuser_intermediate_size": options.hidden_size}
     model = C2CForCausalLM.from_receiver_and_sharers(*pair, kwargs, kwargs, **sizes)
     processor = C2CProcessor.from_receiver_and_sharers(*pair)
-    examples = [
-        prepare_dataset(load_rows(name), processor, arguments.max_length, name=name) for name in options.train_data
-    ]
+    rows = load_rows(options.train_data)
 
-    trainer = C2CTrainer(model, arguments, train_dataset=concatenate_datasets(examples), processing_class=processor)
+    trainer = C2CTrainer(model, arguments, train_dataset=rows, processing_class=processor)
     trainer.train(resume_from_checkpoint="auto")  # resumes from the last checkpoint if there is one
     trainer.save_model()
     print(f"Saved the fuser and its processor to {options.output_dir}.")

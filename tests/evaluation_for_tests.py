@@ -25,12 +25,14 @@ CHOICES = [
 ]
 
 
-def pair(sharers: int = 1, chat: bool = True, mode: str = "fusion") -> tuple[C2CForCausalLM, C2CProcessor]:
+def pair(
+    sharers: int = 1, chat: bool = True, mode: str = "fusion", receiver: str = "llama", **fields: object
+) -> tuple[C2CForCausalLM, C2CProcessor]:
     """A byte-level receiver and metaspace sharers with BOS, strongly fused."""
     template = {} if chat else {"chat_template": None}
     tokenizers = [byte_level_tokenizer(**template), metaspace_tokenizer(), byte_level_tokenizer(vocab_size=330)]
     tokenizers = tokenizers[: sharers + 1]
-    names = ("llama", "gemma3", "qwen3")[: sharers + 1]
+    names = (receiver, "gemma3", "qwen3")[: sharers + 1]
     models = [tiny_model(name, seed, len(tokenizers[seed])) for seed, name in enumerate(names)]
     model = C2CForCausalLM.from_receiver_and_sharers(
         models[0],
@@ -39,8 +41,9 @@ def pair(sharers: int = 1, chat: bool = True, mode: str = "fusion") -> tuple[C2C
         fuser_hidden_size=16,
         fuser_intermediate_size=16,
         mode=mode,
+        **fields,
     )
-    processor = C2CProcessor(tokenizers[0], tokenizers[1:], token_alignment="span", mode=mode)
+    processor = C2CProcessor.from_config(model.config, tokenizers[0], tokenizers[1:])
     return randomize_fuser(model, 9), processor
 
 

@@ -120,6 +120,23 @@ def push(repo_id: str, again: bool = False, limit: int | None = None, **kwargs: 
         return _PAIR["model"].push_to_hub(repo_id, processor=_PAIR["processor"], **kwargs).commit_url
 
 
+def train_and_push(folder: str, repo_id: str) -> tuple[str, list[str]]:
+    """Train on raw rows and publish with the trainer; returns the card and the names of all files."""
+    from datasets import Dataset
+    from huggingface_hub import HfApi, ModelCard
+
+    from c2c_hf import C2CTrainer, C2CTrainingArguments
+
+    rows = Dataset.from_list([{"prompt": text, "completion": "ships"} for text in TEXTS])
+    args = C2CTrainingArguments(folder, use_cpu=True, max_steps=1, report_to="none", hub_model_id=repo_id)
+    trainer = C2CTrainer(_PAIR["model"], args, None, rows, rows, _PAIR["processor"])
+    trainer.train()
+    trainer.evaluate()
+    trainer.push_to_hub(license="apache-2.0", datasets=["me/chats"], tags="tiny", revision="trained")
+    card = ModelCard(Path(HfApi().hf_hub_download(repo_id, "README.md", revision="trained")).read_text("utf-8"))
+    return str(card), sorted(HfApi().list_repo_files(repo_id, revision="trained"))
+
+
 def answers(repo_id: str | None = None, own_bases: bool = True, limit: int | None = None, **kwargs: Any) -> Any:
     """Return logits and ids of a published fuser; without a name, those of the fuser in memory."""
     from c2c_hf import C2CForCausalLM, C2CProcessor

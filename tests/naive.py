@@ -27,10 +27,7 @@ def hidden_and_weight(
     group, row = fuser.locate(entry)
     part = group.projector
     if hasattr(part, "sharer_network"):
-        first, second, last = (getattr(part.sharer_network, f"{name}_proj") for name in ("in", "hidden", "out"))
-        sharer = gelu(linear(sharer, first.weight[row], first.bias[row]))
-        sharer = gelu(linear(sharer, second.weight[row], second.bias[row]))
-        sharer = linear(sharer, last.weight[row], last.bias[row])
+        sharer = small_network(part.sharer_network, row, sharer)
     x = linear(torch.cat([sharer, receiver]), part.in_proj.weight[row], part.in_proj.bias[row])
     x = feed_forward(x, part.shared_ffn, row)
     weight = linear(feed_forward(x, part.weight_ffn, row), part.weight_proj.weight[row], part.weight_proj.bias[row])
@@ -47,6 +44,13 @@ def naive_change(fuser: torch.nn.Module, entry: int, sharer: torch.Tensor, recei
     projection = linear(x, part.out_proj.weight[row], part.out_proj.bias[row])
     heads = projection.view(len(weight), -1)
     return torch.cat([w * head for w, head in zip(weight, heads, strict=True)])
+
+
+def small_network(part: torch.nn.Module, row: int, x: torch.Tensor) -> torch.Tensor:
+    """Three linear layers with GELU between them."""
+    for layer in (part.in_proj, part.hidden_proj):
+        x = gelu(linear(x, layer.weight[row], layer.bias[row]))
+    return linear(x, part.out_proj.weight[row], part.out_proj.bias[row])
 
 
 def turned(model: torch.nn.Module, heads: torch.Tensor, angle: int) -> torch.Tensor:
@@ -110,8 +114,12 @@ def naive_prefill(
                 ):
                     if alignment[t] < 0:
                         continue
-                    parts = []
-                    for source in fuser.sources[entry]:
+                    parts, encoder = [], getattr(fuser, "encoder", None)
+                    sources = fuser.sources[entry]
+                    if encoder is not None:
+                        (latent,) = sources
+                        sources = encoder.sources[latent]
+                    for source in sources:
                         source_kind, source_layer = divmod(source, len(sharer_cache.layers))
                         shared_layer = sharer_cache.layers[source_layer]
                         part = (shared_layer.keys, shared_layer.values)[source_kind][0, :, alignment[t]]
@@ -119,6 +127,11 @@ def naive_prefill(
                             part = turned(sharer, part, -int(alignment[t]))
                         parts.append(part.flatten())
                     shared = torch.cat(parts)
+                    if encoder is not None:
+                        number, members = next(
+                            (i, members) for i, members in enumerate(encoder.members) if latent in members
+                        )
+                        shared = small_network(encoder.networks[number], members.index(latent), shared)
                     seen = now if model.config.fusion_mode == "sequential" else before
                     now = now + naive_change(fuser, entry, shared, seen)
                 now = now.view(own.shape[1], -1)

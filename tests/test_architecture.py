@@ -17,7 +17,10 @@ ROWS = (
     ("inference",),
     ("checkpoints", "hub"),
     ("processing_c2c", "modeling_c2c"),
-    ("convert_reference", "training", "fitting", "evaluation", "analysis", "serving", "benchmarks", "demo"),
+    (
+        *("convert_reference", "training", "fitting", "evaluation", "analysis", "serving", "benchmarks", "demo"),
+        "integrations",
+    ),
     ("cli", "__main__"),
 )
 ROW_OF = {wing: row for row, wings in enumerate(ROWS) for wing in wings}

@@ -97,3 +97,37 @@ def metaspace_tokenizer(
         unk_token="<unk>",
         chat_template=chat_template,
     )
+
+
+@cache
+def _wordpiece(vocab_size: int) -> str:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(TEXT[:3], trainer)
+    return tokenizer.to_str()
+
+
+def wordpiece_tokenizer(vocab_size: int = 200) -> PreTrainedTokenizerFast:
+    """WordPiece without upper case and accents, BERT's kind; knows neither Chinese characters nor emoji."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_wordpiece(vocab_size)), unk_token="[UNK]")
+
+
+@cache
+def _unigram(vocab_size: int) -> str:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT[:3], trainer)
+    return tokenizer.to_str()
+
+
+def unigram_tokenizer(vocab_size: int = 150) -> PreTrainedTokenizerFast:
+    """SentencePiece's Unigram without byte fallback, T5's kind; knows neither Chinese characters nor emoji."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_unigram(vocab_size)), unk_token="<unk>")

@@ -18,9 +18,10 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..configuration_c2c import C2CConfig, one_per_sharer
-from ..inference.fingerprints import fingerprint, tokenizer_hash
+from ..inference.fingerprints import fingerprint, tokenizer_hash, without_adapter
 from ..inference.probe import probe_layer_shapes
 from .download import HUB_KWARGS
+from .receiver_adapter import unwrap_peft_model
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ WITHOUT_CODE = {"trust_remote_code": False}
 TOKENIZER_KWARGS = (*HUB_KWARGS, "code_revision", "gguf_file", "tokenizer_type", "trust_remote_code", "use_fast")
 VERIFY_HINT = " Pass `verify_base_models=False` to use it all the same."
 
-#: A loaded model, or the Hub id or folder of one.
+#: A loaded model, PEFT's included, or the Hub id or folder of one.
 BaseModel: TypeAlias = str | Path | PreTrainedModel
 
 
@@ -62,12 +63,12 @@ class AbsentSharer(torch.nn.Module):
 
 
 def load_base_model(
-    model: str | Path | PreTrainedModel, role: str, model_kwargs: dict[str, Any]
+    model: BaseModel, role: str, model_kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, str | None, str | None]:
     """Load a receiver or sharer, or take one that is loaded.
 
     Args:
-        model: Hub id, folder, or a loaded model.
+        model: Hub id, folder, or a loaded model, also PEFT's, whose adapter stays in the layers.
         role: `"receiver"` or `"sharers"`, for errors.
         model_kwargs: Go to the model's own `from_pretrained`.
 
@@ -76,18 +77,10 @@ def load_base_model(
 
     Raises:
         TypeError: Neither a name nor a model.
-        ValueError: An absolute path names no folder, or the model is a C2C model itself.
+        ValueError: An absolute path names no folder, the model is a C2C model itself, or its adapter cannot be used.
     """
     if isinstance(model, torch.nn.Module):
-        if not isinstance(model, PreTrainedModel):
-            if hasattr(model, "merge_and_unload"):
-                raise TypeError(
-                    f"`{role}` must be a transformers model, but got PEFT's {type(model).__name__}: pass "
-                    "`model.merge_and_unload()`, or load the adapter into the base model by `model.load_adapter`."
-                )
-            raise TypeError(
-                f"`{role}` must be a transformers model, a Hub id or a folder, but got {type(model).__name__}."
-            )
+        model = unwrap_peft_model(model, role)
         if isinstance(model.config, C2CConfig):
             raise ValueError(
                 f"`{role}` must be a plain causal language model, but got a C2C model; hand over its receiver "
@@ -170,30 +163,47 @@ def load_base_models(
             raise ValueError(
                 "`load_sharers` must be True, since the configuration does not record the sharers' shapes."
             )
-    recorded = [
-        (config.receiver_name_or_path, config.receiver_revision),
-        *((sharer.name_or_path, sharer.revision) for sharer in config.sharers),
-    ]
+    names = [config.receiver_name_or_path, *(sharer.name_or_path for sharer in config.sharers)]
     given: list[BaseModel | None] = [receiver, *(sharers or [None] * config.num_sharers)]
     loaded = []
-    for index, (handed_over, (name, revision), kwargs) in enumerate(zip(given, recorded, all_kwargs, strict=True)):
+    for index, (handed_over, name, recorded, kwargs) in enumerate(
+        zip(given, names, recorded_kwargs(config), all_kwargs, strict=True)
+    ):
         if index and not load_sharers:
             break
         role, base = "sharers" if index else "receiver", name if handed_over is None else handed_over
         if base is None:
             raise ValueError(f"`{role}`: the configuration records no name for it; hand over the model.")
-        at_revision = {} if handed_over is not None or revision is None else {"revision": revision}
-        # A model that was quantized when the fuser was built is quantized again.
-        nested = config.sharers[index - 1].config if index else config.receiver_config
-        quantization = getattr(nested, "quantization_config", None) if handed_over is None else None
-        recorded_kwargs = {**at_revision, **({} if quantization is None else {"quantization_config": quantization})}
-        model, _, found = load_base_model(base, role, {**recorded_kwargs, **kwargs})
+        model, _, found = load_base_model(base, role, {**(recorded if handed_over is None else {}), **kwargs})
         # A model from elsewhere has commits of its own; its weights are compared.
         if verify_revisions and handed_over is None:
-            check_base_model(role, "revision", revision, found, VERIFY_HINT)
+            check_base_model(role, "revision", recorded.get("revision"), found, VERIFY_HINT)
         loaded.append(model)
     absent = [] if load_sharers else [AbsentSharer(sharer.config) for sharer in config.sharers]
     return loaded[0], [*loaded[1:], *absent]
+
+
+def recorded_kwargs(config: C2CConfig) -> list[dict[str, Any]]:
+    """Return the arguments with which each base model was loaded when the fuser was built: the receiver's come first.
+
+    A model is loaded again at the same revision, from the same GGUF file and quantized in the same way.
+    """
+    values = [
+        (config.receiver_revision, config.receiver_gguf_file, config.receiver_config),
+        *((sharer.revision, sharer.gguf_file, sharer.config) for sharer in config.sharers),
+    ]
+    return [
+        {
+            name: value
+            for name, value in (
+                ("revision", revision),
+                ("gguf_file", gguf_file),
+                ("quantization_config", getattr(nested, "quantization_config", None)),
+            )
+            if value is not None
+        }
+        for revision, gguf_file, nested in values
+    ]
 
 
 def verify_weights(
@@ -217,15 +227,17 @@ def verify_weights(
         role = "sharers" if index else "receiver"
         if isinstance(model, AbsentSharer):
             continue
-        found = fingerprint(model)
+        # An adapter comes with the fuser.
+        expected, found = without_adapter(expected), without_adapter(fingerprint(model))
         check_base_model(role, "weights' fingerprint", expected, found, VERIFY_HINT)
-        if found is not None or expected is None:
+        if found is not None and expected is not None:
             continue
         logger.warning(
-            "The weights of %s %r cannot be compared with those that the fuser was trained with, because they are "
-            "quantized, offloaded or in float16; make sure that it is the same model.",
+            "The weights of %s %r were not compared with those that the fuser was trained with, because %s quantized, "
+            "offloaded or in float16: make sure that it is the same model.",
             role,
             model.name_or_path,
+            "they are" if found is None else "those were",
         )
         tokenizer = find_tokenizer(model.name_or_path or None, kwargs) if expected_hash is not None else None
         if tokenizer is not None:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration_c2c import C2CConfig, SharerConfig
-from ..fusers import build_fusers
+from ..fusers import build_fusers, fuser_state_dict
 from ..fusers.c2c import C2CFuser
 from ..fusers.memory import MemoryFuser
 from .base_models import summarize_shapes
@@ -98,14 +98,12 @@ def _load_fusers(config: C2CConfig, weights: Mapping[str, torch.Tensor]) -> list
     with torch.device("meta"):
         fusers = build_fusers(config)
     found = {name: value for name, value in weights.items() if name.startswith("fuser.")}
-    expected: dict[str, torch.Tensor] = {}
-    for index, fuser in enumerate(fusers):
-        expected |= fuser.state_dict(prefix=f"fuser.{index}.")
-    check_fuser_weights(found, expected)
-    for index, fuser in enumerate(fusers):
-        prefix = f"fuser.{index}."
-        own = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-        fuser.eval().load_state_dict(own, assign=True)
+    modules = torch.nn.ModuleList(fusers).eval()
+    check_fuser_weights(found, fuser_state_dict(modules))
+    # Weights that fusers share are there once.
+    modules.load_state_dict(
+        {name.removeprefix("fuser."): value for name, value in found.items()}, strict=False, assign=True
+    )
     return fusers
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_c2c import C2CConfig
-from ..fusers import build_fusers
+from ..fusers import build_fusers, fuser_state_dict
 from .download import check_download, check_subfolder, find_file
 
 #: In a file, the scale of a matrix in 8 bits has the matrix's name with this ending.
@@ -169,6 +169,8 @@ def check_sizes(config: C2CConfig, weights: Mapping[str, torch.Tensor]) -> None:
     most = max((value.numel() for value in weights.values()), default=0)
     limits = {"num_fuser_layers": len(weights), "fuser_hidden_size": most, "fuser_intermediate_size": most}
     limits |= {"memory_rank": most, "memory_hidden_size": most}
+    if config.fuser_type == "c2c_shared":
+        limits |= {"shared_hidden_size": most, "shared_num_layers": most}
     for part in (config, *config.sharers):
         for name, limit in limits.items():
             value = getattr(part, name, None)
@@ -183,7 +185,7 @@ def check_sizes(config: C2CConfig, weights: Mapping[str, torch.Tensor]) -> None:
     try:
         # Without memory for the weights.
         with torch.device("meta"):
-            expected = torch.nn.ModuleList(build_fusers(config)).state_dict(prefix="fuser.")
+            expected = fuser_state_dict(torch.nn.ModuleList(build_fusers(config)))
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"The configuration asks for a fuser that cannot be built ({error}).") from error
     check_fuser_weights({name: value for name, value in weights.items() if name.startswith("fuser.")}, expected)

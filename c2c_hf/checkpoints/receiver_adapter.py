@@ -1,4 +1,4 @@
-"""A PEFT adapter on the receiver, trained beside a fuser or instead of one, and saved beside it."""
+"""PEFT adapters of base models, saved beside a fuser: the receiver's can be trained with it or instead of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from .download import find_file
@@ -15,8 +16,12 @@ from .fuser_weights import read_safetensors
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-#: Folder of the adapter inside a fuser's folder, where the Auto classes would take it for the model.
+#: Folder of the receiver's adapter inside a fuser's folder, where the Auto classes would take it for the model.
 ADAPTER_FOLDER = "receiver_adapter"
+#: Folder of a sharer's adapter, for `str.format`.
+SHARER_ADAPTER_FOLDER = "sharer_{}_adapter"
+#: The names of all such folders.
+ADAPTER_FOLDERS = rf"{ADAPTER_FOLDER}|{SHARER_ADAPTER_FOLDER.format('[0-9]+')}"
 _NAME = "default"
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -49,9 +54,63 @@ def add_adapter(receiver: PreTrainedModel, peft_config: "PeftConfig") -> None:
             parameter.data = parameter.data.float()
 
 
+def unwrap_peft_model(model: nn.Module, role: str) -> PreTrainedModel:
+    """Return the base model of a `PeftModel`, which keeps the adapter in its layers.
+
+    Args:
+        model: Any model.
+        role: `"receiver"` or `"sharers"`, for errors.
+
+    Raises:
+        TypeError: It is neither a model of transformers nor PEFT's.
+        ValueError: It has several adapters, or one that is not inside the layers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        from peft import PeftModel
+
+        if not isinstance(model, PeftModel):
+            raise TypeError(
+                f"`{role}` must be a transformers model, a Hub id or a folder, but got {type(model).__name__}."
+            )
+        config = model.active_peft_config
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise ValueError(
+                f"`{role}`: an adapter of type {config.peft_type.value} is not inside the layers of the base model; "
+                "use one that is, such as LoRA."
+            )
+        model = model.get_base_model()
+    _adapter_name(model, role)
+    return model
+
+
 def has_adapter(receiver: PreTrainedModel) -> bool:
     """Return whether a receiver has a PEFT adapter."""
     return bool(getattr(receiver, "peft_config", None))
+
+
+def _adapter_name(model: PreTrainedModel, role: str) -> str | None:
+    """Return the name of a model's adapter, or `None` without one.
+
+    Raises:
+        ValueError: It has several.
+    """
+    names = list(getattr(model, "peft_config", None) or ())
+    if len(names) > 1:
+        raise ValueError(f"`{role}` has several adapters, {names}; keep one, by PEFT's `delete_adapter`.")
+    return names[0] if names else None
+
+
+def remove_adapter(module: nn.Module) -> None:
+    """Replace all PEFT layers in a module by the layers that they adapt."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, layer in list(module.named_modules()):
+        own = layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer
+        own = own.get_base_layer() if isinstance(own, BaseTunerLayer) else own
+        if own is not layer:
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, own)
 
 
 def trains(receiver: PreTrainedModel) -> bool:
@@ -89,10 +148,16 @@ def adapter_disabled(receiver: PreTrainedModel) -> Iterator[None]:
 
 
 def save_adapter(receiver: PreTrainedModel, folder: Path) -> None:
-    """Save a receiver's adapter in PEFT's own format into a new folder."""
+    """Save a base model's adapter, if it has one, in PEFT's own format into a new folder.
+
+    Raises:
+        ValueError: It has several.
+    """
+    name = _adapter_name(receiver, "receiver" if folder.name == ADAPTER_FOLDER else "sharers")
+    if name is None:
+        return
     from peft import get_peft_model_state_dict
 
-    (name,) = receiver.peft_config
     folder.mkdir(parents=True)
     weights = get_peft_model_state_dict(receiver, adapter_name=name)
     save_file({key: value.contiguous().cpu() for key, value in weights.items()}, folder / _WEIGHTS_FILE)
@@ -101,25 +166,34 @@ def save_adapter(receiver: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(str(folder))
 
 
-def load_adapter(receiver: PreTrainedModel, name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> None:
-    """Load the adapter that was saved beside a fuser into the receiver, if there is one.
+def load_adapter(
+    receiver: PreTrainedModel,
+    name_or_path: str | Path,
+    hub_kwargs: dict[str, Any],
+    folder: str = ADAPTER_FOLDER,
+    required: bool = False,
+) -> None:
+    """Load the adapter that was saved beside a fuser into the receiver or a sharer, if there is one.
 
     Args:
         receiver: The base model. If it has an adapter already, its weights are replaced.
         name_or_path: Hub id or folder of the fuser.
         hub_kwargs: Arguments of the Hub, see `HUB_KWARGS`.
+        folder: Of the adapter, in the fuser's.
+        required: Refuse a fuser without one.
 
     Raises:
         ValueError: The files are incomplete or do not fit the receiver.
         OSError: The Hub does not answer.
     """
     config_path, weights_path = (
-        find_file(str(name_or_path), f"{ADAPTER_FOLDER}/{name}", hub_kwargs) for name in (_CONFIG_FILE, _WEIGHTS_FILE)
+        find_file(str(name_or_path), f"{folder}/{name}", hub_kwargs) for name in (_CONFIG_FILE, _WEIGHTS_FILE)
     )
-    if config_path is None and weights_path is None:
+    if config_path is None and weights_path is None and not required:
         return
     if config_path is None or weights_path is None:
-        raise ValueError(f"{str(name_or_path)!r} holds half of an adapter in {ADAPTER_FOLDER}; save it again.")
+        part = "half of" if config_path or weights_path else "nothing of"
+        raise ValueError(f"{str(name_or_path)!r} holds {part} an adapter in {folder}; save it again.")
     from peft import PeftConfig, set_peft_model_state_dict
 
     weights = read_safetensors(weights_path)
@@ -131,6 +205,6 @@ def load_adapter(receiver: PreTrainedModel, name_or_path: str | Path, hub_kwargs
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"The adapter of {str(name_or_path)!r} does not fit the receiver: {len(missing)} weights missing, "
-            f"{len(result.unexpected_keys)} unknown."
+            f"The adapter in {folder} of {str(name_or_path)!r} does not fit the base model: {len(missing)} weights "
+            f"missing, {len(result.unexpected_keys)} unknown."
         )

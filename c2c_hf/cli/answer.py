@@ -12,12 +12,26 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
-from .options import Alignment, Device, Fuser, NewTokens, Precision, Receiver, Sharers, load_model
+from .options import (
+    Alignment,
+    AsJson,
+    Device,
+    Fuser,
+    NewTokens,
+    Precision,
+    Receiver,
+    Sharers,
+    document_text,
+    hide_loading_bars,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
 
     from ..demo.compare import Answer
+
+_PAIR = "Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)"
 
 NoFusion = Annotated[bool, typer.Option("--no-fusion", help="Switch fusion off: the receiver by itself.")]
 
@@ -38,18 +52,29 @@ def demo(
         ),
     ] = None,
     max_new_tokens: NewTokens = 32,
+    web: Annotated[
+        bool, typer.Option("--web", help="Show a page in the browser, where you ask; the other options do not apply.")
+    ] = False,
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Of the page.")] = 7860,
 ) -> None:
     """Run the pair that installs from PyPI on a few questions, or on your document."""
+    hide_loading_bars()
+    if web:
+        _show_page(port)
+        return
+
     import torch
 
     if questions and (documents is None or len(documents) != 1):
         raise ValueError("give one `--document` with `--question`.")
     asked = [
-        _AskedDocument(path, _document_text(path), [(q, []) for q in questions or ()] or _known_questions(path))
+        _AskedDocument(
+            path, document_text("`--document`", path), [(q, []) for q in questions or ()] or _known_questions(path)
+        )
         for path in documents or []
     ]
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
-    print("Receiver: SmolLM2-135M-Instruct. Sharer: Gemma 3 270M. (The first run converts them, about a minute.)")
+    print(_PAIR)
     if asked:
         _answer_about(asked, max_new_tokens)
     else:
@@ -68,6 +93,7 @@ def generate(
     no_fusion: NoFusion = False,
     context: Annotated[str | None, typer.Option(metavar="TEXT", help="Text that only the sharers see.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Take prompts as plain text, without chat template.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a saved fuser or an untrained pair."""
     c2c, processor = load_model(model, receiver, sharers, token_alignment, dtype, device)
@@ -77,8 +103,12 @@ def generate(
     with c2c.disable_fusion() if no_fusion else nullcontext():
         for prompt in prompts:
             inputs = encode_question(processor, prompt, plain, context).to(c2c.device)
-            out = c2c.generate(**inputs, max_new_tokens=max_new_tokens)
-            print(processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            out = c2c.generate(**inputs, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :]
+            answer = processor.tokenizer.decode(out, skip_special_tokens=True)
+            if as_json:
+                numbers = {"prompt_tokens": inputs["input_ids"].shape[1], "answer_tokens": len(out)}
+                answer = json.dumps({"prompt": prompt, "answer": answer, **numbers}, ensure_ascii=False)
+            print(answer, flush=True)
 
 
 def chat(
@@ -114,6 +144,19 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
 
 
+def _show_page(port: int) -> None:
+    # gradio asks at every start whether there is a newer one.
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from ..demo.web import build_page, launch, load_pairs
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error.name} is not installed: run `pip install "c2c_hf[demo-web]"`.') from error
+    print(_PAIR, flush=True)
+    page = build_page(*load_pairs())
+    print(f"The page is at http://127.0.0.1:{port}; Ctrl+C ends it.", flush=True)
+    launch(page, server_name="127.0.0.1", server_port=port, quiet=True)
+
+
 class _AskedDocument(NamedTuple):
     """A document and its questions, each with the accepted answers; none where they are not known."""
 
@@ -136,16 +179,6 @@ def _known_questions(document: Path) -> list[tuple[str, list[str]]]:
                 f"Row {number} of {path.name} must hold `question` and `answers`, but {line!r:.60} does not."
             ) from error
     return questions
-
-
-def _document_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`--document`: {str(path)!r} is not UTF-8 text ({error}).") from error
-    if not text.strip():
-        raise ValueError(f"`--document`: {str(path)!r} is empty.")
-    return text
 
 
 def _answer_questions(count: int, max_new_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""The commands that measure: `c2c evaluate`, `c2c lm-eval` and `c2c analyze`."""
+"""The commands that measure: `c2c evaluate` and `c2c lm-eval`."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,11 @@ import typer
 from .options import (
     FUSER_HELP,
     Alignment,
+    AsJson,
     Device,
     Precision,
     Receiver,
     Sharers,
-    TokenAlignment,
-    check_place,
     load_model,
 )
 
@@ -86,9 +85,17 @@ def evaluate(
     fusion_fuser: Annotated[
         str | None, typer.Option(metavar="FUSER", help="With mode='fusion', for the method same_text_fusion.")
     ] = None,
+    swapped_fuser: Annotated[
+        str | None,
+        typer.Option(metavar="FUSER", help="Whose receiver is the first sharer, for the method swapped_pair."),
+    ] = None,
+    two_sharer_fuser: Annotated[
+        str | None, typer.Option(metavar="FUSER", help="With several sharers, for the method two_sharers.")
+    ] = None,
     chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="""For every template: '{"enable_thinking": false}'.""")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a fuser with baselines and controls on benchmarks.
 
@@ -113,6 +120,9 @@ def evaluate(
     other_fusion = None if fusion_fuser is None else load_model(fusion_fuser, receiver, sharers, *options)
     itself = None if receiver is None else [receiver]
     other_self = None if self_fuser is None else load_model(self_fuser, receiver, itself, *options)
+    first_sharer = None if not sharers else sharers[0]
+    other_swapped = None if swapped_fuser is None else load_model(swapped_fuser, first_sharer, itself, *options)
+    other_sharers = None if two_sharer_fuser is None else load_model(two_sharer_fuser, receiver, None, *options)
     folder = output or Path("evaluation") / ("untrained" if model is None else Path(model).resolve().name)
     metrics = run(
         c2c,
@@ -134,8 +144,13 @@ def evaluate(
         data=data or (),
         max_length=max_length,
         baselines=baselines,
+        swapped_fuser=other_swapped,
+        two_sharer_fuser=other_sharers,
     )
     if not PartialState().is_main_process:
+        return
+    if as_json:
+        print(json.dumps({**metrics, "report": str(folder / "report.md")}, ensure_ascii=False))
         return
     for line in headline(metrics["reading"]):
         print(line.replace("**", ""))
@@ -160,33 +175,6 @@ def lm_eval(ctx: typer.Context) -> None:
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: run `pip install "c2c_hf[eval]"`.') from error
     run_lm_eval(ctx.args)
-
-
-def analyze(
-    receiver: Annotated[str, typer.Argument(metavar="RECEIVER", help="Folder or Hub id.")],
-    sharer: Annotated[str, typer.Argument(metavar="SHARER", help="Folder or Hub id.")],
-    text: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, one sample a line.")],
-    token_alignment: Annotated[
-        TokenAlignment | None, typer.Option(show_default="by the vocabularies", help="How tokens are aligned.")
-    ] = None,
-) -> None:
-    """Report how the tokens of two tokenizers align on a text."""
-    from dataclasses import asdict
-
-    try:
-        samples = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(text)!r} is not UTF-8 text ({error}).") from error
-    if not samples:
-        raise ValueError(f"{str(text)!r} holds no text.")
-    check_place("the receiver", receiver)
-    check_place("the sharer", sharer)
-
-    from .. import C2CProcessor
-
-    processor = C2CProcessor.from_receiver_and_sharers(receiver, sharer, token_alignment)
-    report = asdict(processor.alignment_report(samples))
-    print(json.dumps({"token_alignment": processor.token_alignments[0], **report}, indent=2))
 
 
 def _parse_kwargs(text: str | None) -> dict[str, Any] | None:

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from . import answer, evaluate, share, train
+from . import analyze, answer, evaluate, prefill, serve, share, train
 
 logger = logging.getLogger("c2c_hf")
 
 #: Options that take several values in a row, as `--tasks A B`; typer itself takes `--tasks A --tasks B` only.
 MANY_VALUES = {"evaluate": ("--tasks", "--methods", "--data")}
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
@@ -36,13 +36,15 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_int
 app.command(rich_help_panel="Answer")(answer.demo)
 app.command(rich_help_panel="Answer")(answer.generate)
 app.command(rich_help_panel="Answer")(answer.chat)
+app.command(rich_help_panel="Answer")(serve.serve)
+app.command(rich_help_panel="Answer")(prefill.prefill)
 app.command(rich_help_panel="Train", context_settings=_PASS_ON)(train.train)
 app.command(rich_help_panel="Train")(train.fit)
 app.command(rich_help_panel="Evaluate")(evaluate.evaluate)
 app.command("lm-eval", rich_help_panel="Evaluate", context_settings={**_PASS_ON, "help_option_names": []})(
     evaluate.lm_eval
 )
-app.command(rich_help_panel="Evaluate")(evaluate.analyze)
+app.add_typer(analyze.app, name="analyze", rich_help_panel="Evaluate")
 app.command(rich_help_panel="Share")(share.convert)
 app.command(rich_help_panel="Share")(share.inspect)
 app.command(rich_help_panel="Share")(share.push)

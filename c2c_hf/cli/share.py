@@ -1,12 +1,13 @@
 """The commands around a fuser's folder: `c2c convert`, `c2c inspect` and `c2c push`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from .options import FUSER_HELP, check_place
+from .options import FUSER_HELP, AsJson, check_place
 
 Subfolder = Annotated[str | None, typer.Option(metavar="FOLDER", help="For several fusers in one repository.")]
 
@@ -52,6 +53,7 @@ def inspect(
     fuser: Annotated[str, typer.Argument(metavar="FUSER", help=FUSER_HELP)],
     revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit.")] = None,
     subfolder: Subfolder = None,
+    as_json: AsJson = False,
 ) -> None:
     """Describe a fuser: pair, sizes, gates, card; loads no base model."""
     check_place("the fuser", fuser)
@@ -59,7 +61,11 @@ def inspect(
     from ..checkpoints.describe import describe_fuser
 
     given = {"revision": revision, "subfolder": subfolder}
-    for label, text in describe_fuser(fuser, **{name: value for name, value in given.items() if value is not None}):
+    lines = describe_fuser(fuser, **{name: value for name, value in given.items() if value is not None})
+    if as_json:
+        print(json.dumps(dict(lines), ensure_ascii=False, indent=2))
+        return
+    for label, text in lines:
         print(f"{label:<16} {text}")
 
 

@@ -1,11 +1,12 @@
 """The commands that make fusers: `c2c train` and `c2c fit`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import DType, check_place
+from .options import AsJson, DType, check_place, hide_loading_bars, load_texts
 
 
 def train(
@@ -27,9 +28,10 @@ def train(
     set_seed(arguments.seed)
     model, processor = model_arguments.load()
     with arguments.main_process_first(desc="tokenizing"):
-        train_data, eval_data = data_arguments.load(processor, arguments.max_length, arguments.seed)
+        train_data, eval_data = data_arguments.load(processor, arguments)
     adapter = model_arguments.peft_config()
     trainer = C2CTrainer(model, arguments, None, train_data, eval_data, processor, adapter)
+    trainer.dataset_names = data_arguments.hub_ids()
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -82,6 +84,7 @@ def fit(
     ] = False,
     dtype: Annotated[DType, typer.Option(help="Of the base models.")] = "float32",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cuda.")] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Fit a memory fuser in closed form, without training; or the layer mapping of a fuser to train.
 
@@ -92,17 +95,20 @@ def fit(
     check_place("`--receiver`", receiver)
     check_place("`--sharer`", sharer)
 
+    from dataclasses import asdict
+
     from accelerate import PartialState
 
     from ..checkpoints.base_models import load_base_model
     from ..demo import local_pair
-    from ..fitting.layer_mapping import fit_layer_mapping
-    from ..fitting.ridge import fit_ridge
+    from ..fitting.layer_mapping import LayerMappingReport, fit_layer_mapping
+    from ..fitting.ridge import RidgeReport, fit_ridge
     from ..modeling_c2c import C2CForCausalLM
     from ..processing_c2c import C2CProcessor
 
     processes = PartialState()
-    rows = [text for name in texts for text in _load_texts(name, column, max_texts)]
+    hide_loading_bars()
+    rows = [text for name in texts for text in load_texts(name, column, max_texts, unique=False)]
     names = local_pair() if receiver is None or sharer is None else (receiver, sharer)
     loaded = [
         load_base_model(name, role, {"dtype": dtype})[0].to(device)
@@ -131,19 +137,19 @@ def fit(
         }
     model = C2CForCausalLM.from_receiver_and_sharers(*loaded, **fields)
     processor = C2CProcessor.from_config(model.config, *names)
+    report: LayerMappingReport | RidgeReport
     if mode == "fusion":
-        mapping = fit_layer_mapping(model, processor, rows, max_length=max_length)
-        if not processes.is_main_process:
-            return
-        print(f"{mapping.num_tokens} tokens, a quarter of them held out")
-        print("layer  R2     from the sharer's layers")
-        for layer_idx, (row, sources) in enumerate(zip(mapping.scores, mapping.source_layers, strict=True)):
-            best = max(row[source] for source in sources)
-            print(f"{layer_idx:5}  {best:5.3f}  {', '.join(map(str, sources))}")
+        report = fit_layer_mapping(model, processor, rows, max_length=max_length)
     else:
         report = fit_ridge(model, processor, rows, max_length=max_length)
-        if not processes.is_main_process:
-            return
+    if not processes.is_main_process:
+        return
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    if as_json:
+        print(json.dumps({"folder": str(output), **asdict(report)}))
+        return
+    if isinstance(report, RidgeReport):
         keys, values = (sum(scores) / len(scores) for scores in (report.r2_keys, report.r2_values))
         print(
             f"{report.num_tokens} tokens: R2 on {report.num_held_out} held-out tokens {keys:.3f} (keys), "
@@ -153,19 +159,10 @@ def fit(
         scores = zip(report.r2_keys, report.r2_values, report.source_layers, strict=True)
         for layer_idx, (keys, values, sources) in enumerate(scores):
             print(f"{layer_idx:5}  {keys:5.3f}  {values:5.3f}   {', '.join(map(str, sources))}")
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    else:
+        print(f"{report.num_tokens} tokens, a quarter of them held out")
+        print("layer  R2     from the sharer's layers")
+        for layer_idx, (row, sources) in enumerate(zip(report.scores, report.source_layers, strict=True)):
+            best = max(row[source] for source in sources)
+            print(f"{layer_idx:5}  {best:5.3f}  {', '.join(map(str, sources))}")
     print(f"Saved the fuser and its processor to {output}.")
-
-
-def _load_texts(name: str, column: str, max_texts: int | None) -> list[str]:
-    from ..training.dataset import load_rows
-
-    rows = load_rows(name)
-    if column not in (rows.column_names or []):
-        raise ValueError(f"{name} has the columns {sorted(rows.column_names or [])}; name one with `--column`.")
-    texts = [row[column] for row in (rows if max_texts is None else rows.take(max_texts))]
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise ValueError(f"Row {number} of {name}: {column!r} must be a text, but got {text!r:.60}.")
-    return texts

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,14 +17,24 @@ from ..inference.fingerprints import fingerprint
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .methods.answerer import ModelAnswerer
-from .methods.registry import DERIVED_METHODS, ModelWithProcessor, build_methods
+from .methods.best_layers import choose_layers, single_layer_names
+from .methods.registry import (
+    BEST_LAYERS,
+    DERIVED_METHODS,
+    ModelWithProcessor,
+    build_methods,
+    check_names,
+    number_of,
+    split_name,
+    uses_examples,
+)
 from .reading import BaselineFile, answer_reading, compute_reading
 from .report import write_report
 from .results import compute_results
 from .run_records import Json, RunFolder, write_json
 from .runner import answer_tasks
 from .tasks.reading import MAX_LENGTH, READING, load_reading
-from .tasks.task import load_tasks
+from .tasks.task import EvaluationTask, load_tasks
 
 DEFAULT_TASKS = ("arc_challenge", "openbookqa")
 #: Both models without fusion, C2C, and the two controls that a gain must be measured against.
@@ -53,6 +64,8 @@ def evaluate(
     data: Sequence[str | Path] = (),
     max_length: int = MAX_LENGTH,
     baselines: str | Path | None = None,
+    swapped_fuser: ModelWithProcessor | None = None,
+    two_sharer_fuser: ModelWithProcessor | None = None,
 ) -> Json:
     """Evaluate a fuser against baselines and controls on the same items.
 
@@ -81,6 +94,8 @@ def evaluate(
         max_length: Longest passage of `"reading"` in characters.
         baselines: JSON Lines file that keeps the answers of `FUSER_FREE_METHODS` to `"reading"` for evaluations of
             other fusers. `None`: `reading_baselines.jsonl` beside the folder of the run.
+        swapped_fuser: A fuser whose receiver is the first sharer, for the method `swapped_pair`.
+        two_sharer_fuser: A fuser with several sharers, for the method `two_sharers`.
 
     Returns:
         The content of `metrics.json`.
@@ -97,8 +112,14 @@ def evaluate(
     if "routing" in methods:
         # It is computed from these methods' records.
         methods = list(dict.fromkeys(["receiver", "sharer", *methods]))
+    check_names(methods)
+    by_layers = [name for name in methods if split_name(name)[0] == BEST_LAYERS]
+    layer_methods = single_layer_names(by_layers, len(model.config.receiver_layer_shapes or []))
+    methods = list(dict.fromkeys([*methods, *layer_methods]))
+    if READING in tasks and (unsuited := [name for name in methods if name in by_layers or uses_examples(name)]):
+        raise ValueError(f"`methods`: {unsuited} need other items of a task, which 'reading' does not give.")
     built = build_methods(
-        [method for method in methods if method not in DERIVED_METHODS],
+        [method for method in methods if method not in (*DERIVED_METHODS, *by_layers)],
         model,
         processor,
         adapter,
@@ -106,6 +127,8 @@ def evaluate(
         chat_template_kwargs,
         background_tokens,
         fusion_fuser,
+        swapped_fuser,
+        two_sharer_fuser,
     )
     named = [task for task in tasks if task != READING]
     loaded = load_tasks(named, None if data_dir is None else str(data_dir), limit, seed) if named else []
@@ -135,6 +158,16 @@ def evaluate(
     # Who is done first waits for the others.
     folder = RunFolder(output, settings, PartialState(timeout=timedelta(days=7)))
     answer_tasks(folder, loaded, built, batch_size, seed, chat, max_new_tokens)
+    for name in by_layers:
+        for task in loaded:
+            # Each half of the items is answered by the layers that do best on the other half.
+            for half in _halves(task, seed):
+                others = {item.id for item in task.items} - {item.id for item in half.items}
+                layers = choose_layers(folder.records, task.name, others, number_of(name))
+                of_layers = f"layers={','.join(map(str, layers))}"
+                method = build_methods([of_layers], model, processor, chat_template_kwargs=chat_template_kwargs)
+                chosen = {name: method[of_layers]}
+                answer_tasks(folder, [half], chosen, batch_size, seed, chat, max_new_tokens)
     if reading:
         path = folder.path.absolute().parent / "reading_baselines.jsonl" if baselines is None else Path(baselines)
         stored = BaselineFile(path, folder, _baseline_settings(model, settings), built)
@@ -152,7 +185,7 @@ def evaluate(
     recorded = (record["method"] for record in compared)
     results = compute_results(
         compared,
-        list(dict.fromkeys([*built, *recorded, *(method for method in methods if method in DERIVED_METHODS)])),
+        list(dict.fromkeys([*built, *recorded, *(name for name in methods if name in DERIVED_METHODS)])),
         max(sizes, key=lambda name: sizes[name], default="sharer"),
         seed,
     )
@@ -162,6 +195,13 @@ def evaluate(
     write_report(folder.path, metrics, compared)
     folder.processes.wait_for_everyone()
     return metrics
+
+
+def _halves(task: EvaluationTask, seed: int) -> list[EvaluationTask]:
+    """Split the items of a task at random into two tasks of equal size."""
+    ordered = sorted(task.items, key=lambda item: item.seed(seed))
+    halves = (ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :])
+    return [replace(task, items=tuple(half)) for half in halves if half]
 
 
 def versions() -> dict[str, str]:

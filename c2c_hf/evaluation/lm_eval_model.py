@@ -1,7 +1,9 @@
 """The model type `c2c` of lm-evaluation-harness, and its command line with that type and the tasks `c2c_...`."""
 
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from tqdm.auto import tqdm
+from transformers.utils import CONFIG_NAME
 
+from ..checkpoints.download import HUB_KWARGS, find_file
+from ..configuration_c2c import C2CConfig
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .methods.answerer import Query
@@ -182,6 +187,9 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
 
     Args:
         arguments: Command-line arguments of `lm_eval`.
+
+    Raises:
+        ValueError: The model type is the harness's own `hf`, and the model a fuser.
     """
     arguments = list(arguments)
     if "--tasks" in arguments and "--include_path" not in arguments:
@@ -190,6 +198,25 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     try:
         # It parses `sys.argv`, and inserts a missing subcommand there.
         harness = HarnessCLI()
-        harness.execute(harness.parse_args())
+        parsed = harness.parse_args()
+        _check_model_type(getattr(parsed, "model", None) or "hf", getattr(parsed, "model_args", None))
+        harness.execute(parsed)
     finally:
         sys.argv = own
+
+
+def _check_model_type(model_type: str, model_args: object) -> None:
+    """Refuse a fuser as model of the harness's own type: its log-likelihoods would be the receiver's.
+
+    That type hands over a prompt with its continuation, so that the model cannot know which tokens to fuse.
+    """
+    if not model_type.startswith(("hf", "huggingface")) or not isinstance(model_args, Mapping):
+        return
+    name = str(model_args.get("pretrained", ""))
+    hub_kwargs = {key: model_args[key] for key in HUB_KWARGS if model_args.get(key) is not None}
+    path = find_file(name, CONFIG_NAME, hub_kwargs) if name else None
+    if path is not None and json.loads(Path(path).read_text("utf-8")).get("model_type") == C2CConfig.model_type:
+        raise ValueError(
+            f"`--model {model_type}` cannot score {name!r}, which is a fuser: it does not say where a prompt ends, so "
+            "that the log-likelihoods would be the receiver's; use `--model c2c`."
+        )

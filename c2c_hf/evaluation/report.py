@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .methods.registry import METHODS
+from .methods.registry import METHODS, describe_method
 from .reading import headline, tables
 from .run_records import Json, Record, group_records
 
@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 #: How each signal of selective fusion decides.
 _SIGNALS = {"confidence": "where the receiver is unsure", "gate_weight": "where the gate weights say so"}
 #: Columns of a table beside the accuracy, where a task has them.
-_FURTHER_METRICS = {"strict": "accuracy_strict", "exact match": "exact_match", "F1": "f1"}
+_FURTHER_METRICS = {
+    "strict": "accuracy_strict",
+    "exact match": "exact_match",
+    "F1": "f1",
+    "answer of the mismatched question": "mismatched_answer",
+}
 
 
 def write_report(folder: Path, metrics: Json, records: Sequence[Record]) -> None:
@@ -104,7 +109,7 @@ def _tables(metrics: Json) -> list[str]:
             lines.append(_row(cells))
         lines.append("")
     used = dict.fromkeys(result["method"] for result in metrics["results"])
-    lines += [f"- **{name}**: {METHODS.get(name, METHODS['sharer'])}" for name in used]
+    lines += [f"- **{name}**: {describe_method(name)}" for name in used]
     explained = "Seconds and tokens are medians per item; the p-value is McNemar's."
     if any(row["method"] == "c2c" and not row["seconds"]["sharer"] for row in _accuracies(metrics)):
         explained += " C2C's prefill includes the sharers', which run beside the receiver where that is faster."

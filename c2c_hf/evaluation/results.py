@@ -36,8 +36,10 @@ def compute_results(
     Returns:
         `results`: per task, method and metric its value, interval, number of items and of failed ones, and for
         accuracies the number without an extracted answer, seconds and tokens per item, and differences to other
-        methods; `pairing_gain`: C2C less the mismatched-sharer control; `performance_gap_recovered`, per task;
-        `selective_fusion`, per task and signal, see [`~metrics.selective_fusion.selective_fusion`].
+        methods (`mismatched_answer` is the share of answers that are those of the questions which the mismatched
+        sharer prefills, where the task's data name them); `pairing_gain`: C2C less the mismatched-sharer control;
+        `performance_gap_recovered`, per task; `selective_fusion`, per task and signal, see
+        [`~metrics.selective_fusion.selective_fusion`].
     """
     results: dict[str, list[Json]] = {
         "results": [],
@@ -70,8 +72,9 @@ def _method_results(method: str, present: Mapping[str, Records], seed: int) -> l
     answered = list(present[method].values())
     num_failed = sum("error" in record for record in answered)
     rows: list[Json] = []
-    for metric, column in (("accuracy", "correct"), ("accuracy_strict", "correct_strict")):
-        if metric == "accuracy_strict" and not any(column in record for record in answered):
+    columns = {"accuracy": "correct", "accuracy_strict": "correct_strict", "mismatched_answer": "mismatched"}
+    for metric, column in columns.items():
+        if metric != "accuracy" and not any(column in record for record in answered):
             continue
         # A failed item has no such column, and is wrong.
         correct = [record.get(column, 0) for record in answered]

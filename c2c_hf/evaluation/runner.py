@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from tqdm.auto import tqdm
 
-from .methods.answerer import ContinuationScore, GeneratedAnswer, Method, Prompt, Query
+from .methods.answerer import MAX_EXAMPLES, ContinuationScore, GeneratedAnswer, Method, Prompt, Query
 from .run_records import Record, RunFolder
 from .tasks.extraction import asks_for_number, extract_answer, score_answer
 from .tasks.task import EvaluationTask, Item
@@ -70,6 +70,7 @@ def _query(item: Item, mismatched: Item | None, task: EvaluationTask, seed: int,
         question=item.question,
         context=item.context,
         mismatched_context="" if mismatched is None else mismatched.context,
+        examples=task.examples(item, seed, MAX_EXAMPLES),
     )
 
 
@@ -109,6 +110,7 @@ def _choose(item: Item, scores: Sequence[ContinuationScore]) -> Record:
     return {
         "prediction": prediction,
         "correct": int(prediction == item.answer),
+        **({"mismatched": int(prediction == item.doc["mismatched_answer"])} if item.mismatched_prompt else {}),
         "confidence": round(float(means.softmax(0).max()), 6),
         "scores": [round(score.logprob, 5) for score in scores],
         "num_tokens": [score.num_tokens for score in scores],
@@ -118,10 +120,15 @@ def _choose(item: Item, scores: Sequence[ContinuationScore]) -> Record:
 def _grade(item: Item, answer: GeneratedAnswer) -> Record:
     """Grade a generated answer strictly and leniently; one from which nothing is extracted is wrong."""
     grades = score_answer(item.doc, [answer.text])
+    mismatched = {}
+    if item.mismatched_prompt:
+        other = score_answer({"answers": [item.doc["mismatched_answer"]]}, [answer.text])
+        mismatched["mismatched"] = int(other["lenient"])
     return {
         "prediction": extract_answer(item.doc, answer.text)[1],
         "correct": int(grades["lenient"]),
         "correct_strict": int(grades["strict"]),
+        **mismatched,
         "text": answer.text,
         "num_tokens": answer.num_tokens,
         "prompt_tokens": answer.prompt_tokens,

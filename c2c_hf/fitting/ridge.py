@@ -47,11 +47,15 @@ class AlignedStates:
         sharer: The sharer's entries.
         receiver: The receiver's entries.
         embeddings: The receiver's token embeddings, `(num_tokens, embedding_size)`; of width 0 for a fuser without.
+        token_ids: The receiver's tokens, `(num_tokens,)`.
+        rows: Which text of its batch a token is of, `(num_tokens,)`.
     """
 
     sharer: Entries
     receiver: Entries
     embeddings: torch.Tensor
+    token_ids: torch.Tensor
+    rows: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -59,7 +63,8 @@ class AlignedStates:
     def beginning(self, num_tokens: int) -> "AlignedStates":
         """Return the first tokens."""
         sharer, receiver = ([entry[:num_tokens] for entry in entries] for entries in (self.sharer, self.receiver))
-        return AlignedStates(sharer, receiver, self.embeddings[:num_tokens])
+        own = (self.embeddings, self.token_ids, self.rows)
+        return AlignedStates(sharer, receiver, *(part[:num_tokens] for part in own))
 
     @classmethod
     def join(cls, parts: "Sequence[AlignedStates]") -> "AlignedStates":
@@ -68,6 +73,8 @@ class AlignedStates:
             [torch.cat(entry) for entry in zip(*(part.sharer for part in parts), strict=True)],
             [torch.cat(entry) for entry in zip(*(part.receiver for part in parts), strict=True)],
             torch.cat([part.embeddings for part in parts]),
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.rows for part in parts]),
         )
 
 
@@ -132,8 +139,7 @@ def fit_ridge(
         raise too_few
     fuser = _start_fuser(model, sharer_index, AlignedStates.join(first), choose_layers)
     sums, chunk = MapSums(fuser), []
-    remaining: Iterator[AlignedStates | list[str]] = chain(first, batches)
-    for number, batch in enumerate(remaining):
+    for number, batch in enumerate(chain(first, batches)):
         held_out = number % period == period - 1 and sums.num_held_out < max_held_out
         if not held_out and number % processes.num_processes != processes.process_index:
             continue
@@ -258,6 +264,8 @@ def prefill_aligned(model: C2CForCausalLM, batch: Mapping[str, torch.Tensor], sh
         [state.to(device) for state in sharer],
         [state.to(device) for state in receiver],
         slot_embeddings(inputs, embedding, rows, columns, count).to(device) if count else torch.zeros(len(rows), 0),
+        input_ids[rows, columns],
+        rows,
     )
 
 

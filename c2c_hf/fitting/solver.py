@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils.logging import tqdm
@@ -164,7 +164,11 @@ class MapSums:
             embeddings: `(num_tokens, embedding_size)`, the receiver's token embeddings, used where the fuser has them.
         """
         self.num_tokens += len(embeddings)
-        entries, standardized, targets = self._prepare(sharer_states, receiver_states, embeddings)
+        self._add_prepared(*self._prepare(sharer_states, receiver_states, embeddings))
+
+    def _add_prepared(
+        self, entries: list[torch.Tensor], standardized: torch.Tensor | None, targets: list[torch.Tensor]
+    ) -> None:
         num_layers = len(entries) // 2
         blocks = {
             block: torch.cat([entries[block], entries[num_layers + block]], dim=-1)
@@ -187,13 +191,20 @@ class MapSums:
 
     def add_over_processes(self) -> None:
         """Add up the sums of all processes, which hold out the same tokens."""
-        _add_over_processes(self._x_sums)
-        _add_over_processes(self._y_sums)
-        _add_over_processes(self._xy)
-        _add_over_processes(self._xx)
-        count = next(iter(self._x_sums.values())).new_tensor(self.num_tokens)
-        torch.distributed.all_reduce(count)
-        self.num_tokens = int(count)
+        entries, standardized, targets = self._held_out[0]
+        # A process without a batch of its own has no sums yet: those of no token.
+        self._add_prepared(
+            [entry[:0] for entry in entries],
+            None if standardized is None else standardized[:0],
+            [target[:0] for target in targets],
+        )
+        all_sums: list[dict[Any, torch.Tensor]] = [self._x_sums, self._y_sums, self._xx, self._xy]
+        for sums in all_sums:
+            for key in sorted(sums):
+                torch.distributed.all_reduce(sums[key])
+        num_tokens = torch.tensor(self.num_tokens, device=targets[0].device)
+        torch.distributed.all_reduce(num_tokens)
+        self.num_tokens = int(num_tokens)
 
     def _product(self, first: int, second: int) -> torch.Tensor:
         return self._xx[first, second] if (first, second) in self._xx else self._xx[second, first].T
@@ -219,13 +230,6 @@ class MapSums:
                 held_y - y_mean.to(held_y),
             )
             yield layers, problem
-
-
-def _add_over_processes(sums: dict[Key, torch.Tensor]) -> None:
-    for key, total in sums.items():
-        whole = total.contiguous()
-        torch.distributed.all_reduce(whole)
-        sums[key] = whole
 
 
 def _add(sums: dict[Key, torch.Tensor], key: Key, part: torch.Tensor) -> None:

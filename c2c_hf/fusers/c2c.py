@@ -6,7 +6,7 @@ each with its own weights. Entries of equal shape form a group and run as a few 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -115,6 +115,9 @@ class Gate(nn.Module):
             temperature: Scalar.
         """
         logit = self.gate_logit.float()[:, None, None]
+        if not self.gate_logit.requires_grad:
+            # A frozen gate is as at inference.
+            return (logit > 0).float().expand(-1, num_tokens, num_heads)
         noise = self.sample_noise((len(self.gate_logit), num_tokens, num_heads))
         return torch.sigmoid((logit + noise) / temperature)
 
@@ -222,27 +225,50 @@ class FuserPart(NamedTuple):
     sources: list[list[int]]
 
 
-def source_entries(config: C2CConfig, num_sharer_layers: int, chosen: list[list[int]] | None) -> list[list[int]]:
-    """Return the sharer's entries of every receiver entry: layer indices, for values after all layers' keys.
+class SourceStates(Protocol):
+    """States of chosen tokens, of which entries are gathered when they are asked for."""
+
+    def gather_joined(self, indices: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return several entries side by side each, `(len(indices), num_tokens, their width together)`."""
+        ...
+
+
+def source_layers(config: C2CConfig, sharer: SharerConfig) -> list[list[int]]:
+    """Return the sharer layers of every receiver layer.
 
     Args:
-        config: Receiver layer shapes, `layer_alignment`, `fusion_source_layers` and `joint_keys_values`.
-        num_sharer_layers: Number of layers in the sharer's cache.
-        chosen: The sharer layers of every receiver layer, for `layer_alignment="learned"`.
+        config: Receiver layer shapes, `layer_alignment` and `fusion_source_layers`.
+        sharer: Sharer layer shapes, and for `layer_alignment="learned"` the chosen layers.
 
     Raises:
-        ValueError: `chosen` does not fit.
+        ValueError: The chosen layers do not fit.
     """
-    num_layers = len(config.receiver_layer_shapes or [])
-    if config.layer_alignment == "learned":
-        layers = several_source_layers(
-            "fusion_source_layers", chosen, num_layers, num_sharer_layers, config.fusion_source_layers
-        )
-    else:
-        layers = [[layer] for layer in layer_mapping(num_layers, num_sharer_layers, config.layer_alignment)]
-    if config.joint_keys_values:
-        return [[kind * num_sharer_layers + layer for layer in own for kind in (0, 1)] for own in layers] * 2
-    return [[kind * num_sharer_layers + layer for layer in own] for kind in (0, 1) for own in layers]
+    num_layers, num_sharer_layers = len(config.receiver_layer_shapes or []), len(sharer.layer_shapes or [])
+    if config.layer_alignment != "learned":
+        return [[layer] for layer in layer_mapping(num_layers, num_sharer_layers, config.layer_alignment)]
+    return several_source_layers(
+        "fusion_source_layers",
+        sharer.fusion_source_layers,
+        num_layers,
+        num_sharer_layers,
+        config.fusion_source_layers,
+    )
+
+
+def layer_entries(layers: Sequence[Sequence[int]], num_source_layers: int, joint: bool) -> list[list[int]]:
+    """Turn source layers into source entries: layer indices, for values after all layers' keys.
+
+    Args:
+        layers: Per layer its source layers.
+        num_source_layers: Number of these.
+        joint: Keys and values both take keys and values; else keys take keys and values take values.
+
+    Returns:
+        Per entry, every layer's keys, then every layer's values, its source entries.
+    """
+    if joint:
+        return [[kind * num_source_layers + layer for layer in own for kind in (0, 1)] for own in layers] * 2
+    return [[kind * num_source_layers + layer for layer in own] for kind in (0, 1) for own in layers]
 
 
 class C2CFuser(nn.Module):
@@ -260,11 +286,11 @@ class C2CFuser(nn.Module):
 
     def __init__(self, config: C2CConfig, sharer: SharerConfig) -> None:
         super().__init__()
-        receiver_shapes, sharer_shapes = config.receiver_layer_shapes or [], sharer.layer_shapes or []
+        receiver_shapes = config.receiver_layer_shapes or []
         self.num_layers = len(receiver_shapes)
-        #: The sharer's entries that each receiver entry is fused with.
-        self.sources = source_entries(config, len(sharer_shapes), sharer.fusion_source_layers)
-        receiver_widths, sharer_widths = _widths(receiver_shapes), _widths(sharer_shapes)
+        #: The sharer's entries that each receiver entry is fused with, and their widths.
+        self.sources, sharer_widths = self._find_sources(config, sharer)
+        receiver_widths = entry_widths(receiver_shapes)
         members: dict[tuple[int, int, int], list[int]] = {}
         for entry, sources in enumerate(self.sources):
             sharer_width = sum(sharer_widths[source] for source in sources)
@@ -281,6 +307,21 @@ class C2CFuser(nn.Module):
                     nn.init.zeros_(parameter)
         self.groups: Sequence[FuserGroup] = nn.ModuleList(groups)  # type: ignore[assignment]
         self.register_buffer("gate_temperature", torch.tensor(float(config.initial_gate_temperature)))
+
+    def _find_sources(self, config: C2CConfig, sharer: SharerConfig) -> tuple[list[list[int]], list[int]]:
+        """Return the source entries of every receiver entry, and the widths of all source entries."""
+        layer_shapes = sharer.layer_shapes or []
+        entries = layer_entries(source_layers(config, sharer), len(layer_shapes), config.joint_keys_values)
+        return entries, entry_widths(layer_shapes)
+
+    def source_states(self, sharer_tokens: SourceStates, dtype: torch.dtype) -> SourceStates:
+        """Return the states that `part.sources` count: the sharer's own.
+
+        Args:
+            sharer_tokens: The sharer's states at the aligned positions.
+            dtype: Of the receiver's states.
+        """
+        return sharer_tokens
 
     def parts(self, num_tokens: int, dtype: torch.dtype) -> list[FuserPart]:
         """Split the entries that have an effect into parts that run at once.
@@ -328,7 +369,8 @@ def _version(parameter: torch.Tensor) -> object:
     return object() if parameter.is_inference() else (parameter.data_ptr(), parameter._version)
 
 
-def _widths(shapes: Sequence[Sequence[int]]) -> list[int]:
+def entry_widths(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Return heads x head_dim of every layer's keys, then of every layer's values."""
     keys = [heads * key_dim for heads, key_dim, _ in shapes]
     values = [heads * value_dim for heads, _, value_dim in shapes]
     return keys + values

@@ -11,11 +11,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..checkpoints.describe import count_parameters, gate_summary, readable_size
 from ..configuration_c2c import C2CConfig
 from .licenses import BaseLicense, fuser_license, license_text
+from .training_run import TrainingRun
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 METRICS_FILE = "metrics.json"
 #: The name of the fuser's own results among the methods of an evaluation.
 OWN_METHOD = "c2c"
+_RESULT_TEXTS = ("task", "method", "metric")
 
 
 def render_model_card(
@@ -29,6 +31,7 @@ def render_model_card(
     training: Mapping[str, object] | None = None,
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
+    run: TrainingRun | None = None,
 ) -> ModelCard:
     """Render the card of one fuser.
 
@@ -41,9 +44,11 @@ def render_model_card(
         license: The Hub's name of a license. `None`: the one that follows from the base models' licenses.
         evaluation: A folder of `c2c evaluate`, whose `metrics.json` is read. `None`: the card says that nothing was
             evaluated.
-        training: How the fuser was trained, field by field. `None`: the card says that this is not recorded.
-        datasets: Hub ids of the training data.
+        training: How the fuser was trained, field by field. `None`: as `run` says; without one, the card says that
+            this is not recorded.
+        datasets: Hub ids of the training data. Empty: those of `run`.
         tags: Further tags.
+        run: What the trainer recorded; its results stand beside those of `evaluation`.
 
     Raises:
         ValueError: The license cannot be determined, or `metrics.json` has an unknown structure.
@@ -51,6 +56,10 @@ def render_model_card(
     """
     metrics = read_metrics(evaluation) if evaluation is not None else {}
     results = metrics.get("results", [])
+    if run is not None:
+        tags = ["generated_from_trainer", *tags]
+        training, datasets = training or run.training, datasets or run.datasets
+        results = [*results, *(_checked(row, _RESULT_TEXTS) for row in run.results)]
     resolved = fuser_license(bases, license)
     repo_name = repo_id.split("/")[-1]
     card_data = ModelCardData(
@@ -60,7 +69,7 @@ def render_model_card(
         pipeline_tag="text-generation",
         license=resolved,
         datasets=list(datasets) or None,
-        tags=["cache-to-cache", "c2c", *tags],
+        tags=list(dict.fromkeys(["cache-to-cache", "c2c", *tags])),
         model_name=repo_name,
         eval_results=_eval_results(results) or None,
     )
@@ -129,7 +138,7 @@ def read_metrics(evaluation: str | Path) -> dict[str, list[dict[str, Any]]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {
-            "results": [_checked(row, ("task", "method", "metric")) for row in content.get("results", [])],
+            "results": [_checked(row, _RESULT_TEXTS) for row in content.get("results", [])],
             "pairing_gain": [_checked(row, ("task",)) for row in content.get("pairing_gain", [])],
         }
     except (AttributeError, LookupError, TypeError, ValueError) as error:

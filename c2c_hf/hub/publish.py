@@ -14,18 +14,19 @@ from safetensors import SafetensorError, safe_open
 
 from ..checkpoints.download import check_subfolder
 from ..checkpoints.fuser_weights import is_own_weight, load_fuser_weights
-from ..checkpoints.receiver_adapter import ADAPTER_FOLDER
+from ..checkpoints.receiver_adapter import ADAPTER_FOLDER, ADAPTER_FOLDERS, SHARER_ADAPTER_FOLDER
 from ..checkpoints.remote_code import CODE_FILES, code_files
 from ..configuration_c2c import C2CConfig
 from .licenses import GEMMA_NOTICE, base_licenses
 from .model_card import render_model_card
+from .training_run import TrainingRun
 
 #: Files of a fuser, of a processor and of the tokenizers; all others in a folder (checkpoints, logs, optimizer
 #: states) are not uploaded.
 _OWN_FILES = re.compile(
     r"config\.json|generation_config\.json|processor_config\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    rf"|{ADAPTER_FOLDER}/(adapter_config\.json|adapter_model\.safetensors)"
+    rf"|({ADAPTER_FOLDERS})/(adapter_config\.json|adapter_model\.safetensors)"
     r"|(sharer_\d+/)?(tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json"
     r"|vocab\.txt|merges\.txt|[\w.-]+\.model|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja)"
 )
@@ -56,7 +57,7 @@ def publish_fuser(
         sharers: The same for the sharers, one or a list.
         card: The card's text. `None`: the folder's README.md, or a card that is rendered if it has none.
         license: Of the fuser, see [`~hub.licenses.fuser_license`]; this and the following four are for the rendered
-            card, see [`~hub.model_card.render_model_card`].
+            card, see [`~hub.model_card.render_model_card`], which also takes the folder's `training_run.json`.
         evaluation: A folder of `c2c evaluate`.
         training: How the fuser was trained, field by field.
         datasets: Hub ids of the training data.
@@ -82,13 +83,15 @@ def publish_fuser(
     if sharers is not None:
         wished = [sharers] if isinstance(sharers, str) else sharers
     files["config.json"] = _published_config(folder, config, receiver, wished)
-    if (name := f"{ADAPTER_FOLDER}/adapter_config.json") in files:
-        adapter = json.loads((folder / name).read_text(encoding="utf-8"))
-        files[name] = _as_json({**adapter, "base_model_name_or_path": config.receiver_name_or_path})
+    adapted = {SHARER_ADAPTER_FOLDER.format(i): sharer.name_or_path for i, sharer in enumerate(config.sharers)}
+    for adapter_folder, base in {ADAPTER_FOLDER: config.receiver_name_or_path, **adapted}.items():
+        if (name := f"{adapter_folder}/adapter_config.json") in files:
+            adapter = json.loads((folder / name).read_text(encoding="utf-8"))
+            files[name] = _as_json({**adapter, "base_model_name_or_path": base})
     bases = base_licenses(config, token)
     if card is None and "README.md" not in files:
         weights = load_fuser_weights(folder, {})
-        about = (repo_id, subfolder, license, evaluation, training, datasets, tags)
+        about = (repo_id, subfolder, license, evaluation, training, datasets, tags, TrainingRun.load(folder))
         card = str(render_model_card(config, weights, bases, *about))
     if card is not None:
         files["README.md"] = card.encode()

@@ -238,8 +238,11 @@ def fuse_states(
     at_once = fusion_mode == "parallel" and len(pairs) > 1
     pending: list[tuple[TokenStates, list[int], torch.Tensor]] = []
     for fuser, sharer_tokens, receiver_tokens in pairs:
-        for part in fuser.parts(len(receiver_tokens), receiver_entries[0].dtype):
-            change = fuser(part, sharer_tokens.gather_joined(part.sources), receiver_tokens.gather(part.entries))
+        dtype = receiver_entries[0].dtype
+        parts = fuser.parts(len(receiver_tokens), dtype)
+        source_states = fuser.source_states(sharer_tokens, dtype) if parts else sharer_tokens
+        for part in parts:
+            change = fuser(part, source_states.gather_joined(part.sources), receiver_tokens.gather(part.entries))
             if at_once:
                 pending.append((receiver_tokens, part.entries, change))
             else:

@@ -1,21 +1,25 @@
 """Inputs of one forward pass: the receiver's, and those of every sharer with their token alignment."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
-from transformers import Cache
+from torch import nn
+from transformers import Cache, PreTrainedModel
 
 from ..alignment.token_table import apply_token_table
 from ..configuration_c2c import C2CConfig
 from .cache import C2CCache
 from .fusion import default_alignment, last_prompt_positions
 from .prefill import cached_states, position_ids_from_mask
-from .sharer_cache import SharerCache
+from .probe import check_length
+from .sharer_cache import SharerCache, prefill_sharer
 
 #: A tensor where there is one sharer, else one per sharer.
 PerSharer: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
+#: Arguments of a sharer's own, such as `pixel_values`, where there is one sharer; else one or `None` per sharer.
+ModelInputs: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any] | None]
 #: A cache where there is one sharer, else one or `None` per sharer.
 GivenCaches: TypeAlias = SharerCache | Sequence[SharerCache | None]
 
@@ -383,6 +387,95 @@ def cache_per_sharer(caches: GivenCaches | None, num_sharers: int) -> list[Share
     for value in values:
         if value is not None and not isinstance(value, SharerCache):
             raise TypeError(f"`sharer_caches` must hold `SharerCache`, but got {type(value).__name__}.")
+    return values
+
+
+def rescale_alignment(alignment: torch.Tensor, mask: torch.Tensor, other_mask: torch.Tensor) -> torch.Tensor:
+    """Stretch an alignment to another text of the sharer, as the mismatched-sharer control needs it.
+
+    Args:
+        alignment: `(batch_size, seq_len)`, sharer positions or -1.
+        mask: `(batch_size, sharer_len)`, the attention mask of the sharer's text, padded left.
+        other_mask: `(batch_size, other_len)`, that of the other text, likewise.
+
+    Returns:
+        `(batch_size, seq_len)`, positions of the other text or -1.
+    """
+    start, other_start = (m.shape[1] - m.sum(1, keepdim=True) for m in (mask, other_mask))
+    scale = (other_mask.sum(1, keepdim=True) - 1) / (mask.sum(1, keepdim=True) - 1).clamp_min(1)
+    scaled = other_start + ((alignment - start) * scale).round().long()
+    return torch.where(alignment < 0, -1, scaled)
+
+
+def prefill_given_inputs(
+    config: C2CConfig,
+    sharers: Sequence[nn.Module],
+    given: GivenSharerInputs,
+    inputs_embeds: torch.Tensor | Sequence[torch.Tensor | None] | None,
+    model_inputs: ModelInputs | None,
+) -> GivenSharerInputs:
+    """Prefill the sharers whose inputs are more than tokens, so that they do not run again.
+
+    Args:
+        config: Of the model.
+        sharers: The sharers.
+        given: The other inputs. Ids that a sharer with embeddings lacks become -1.
+        inputs_embeds: `(batch_size, sharer_len, hidden_size)`; with several sharers a list, `None` for those without.
+        model_inputs: Further arguments, likewise.
+
+    Raises:
+        ValueError: Numbers differ, or a sharer has such inputs beside a cache.
+    """
+    num_sharers = len(config.sharers)
+    ids: list[torch.Tensor | None]
+    masks: list[torch.Tensor | None]
+    positions: list[torch.Tensor | None]
+    ids, masks, positions, embeds = (
+        _optional_per_sharer(name, value, torch.Tensor, num_sharers)
+        for name, value in (
+            ("sharer_input_ids", given.input_ids),
+            ("sharer_attention_mask", given.attention_mask),
+            ("sharer_position_ids", given.position_ids),
+            ("sharer_inputs_embeds", inputs_embeds),
+        )
+    )
+    extras = _optional_per_sharer("sharer_model_inputs", model_inputs, Mapping, num_sharers)
+    caches = cache_per_sharer(given.caches, num_sharers)
+    for index, (own_embeds, own_inputs) in enumerate(zip(embeds, extras, strict=True)):
+        if own_embeds is None and not own_inputs:
+            continue
+        if caches[index] is not None:
+            raise ValueError(f"`sharer_caches` must be None for sharer {index}, whose inputs are given.")
+        own_ids = ids[index]
+        if own_ids is None:
+            if own_embeds is None:
+                raise ValueError("`sharer_input_ids` must be given beside `sharer_model_inputs`.")
+            own_ids = torch.full(own_embeds.shape[:2], -1, device=own_embeds.device)
+        mask = masks[index]
+        mask = torch.ones_like(own_ids) if mask is None else mask
+        sharer = cast(PreTrainedModel, sharers[index])
+        check_length("sharers", sharer, own_ids.shape[1])
+        caches[index] = prefill_sharer(
+            sharer, own_ids, mask, positions[index], inputs_embeds=own_embeds, model_inputs=own_inputs
+        )
+        ids[index], masks[index] = own_ids, mask
+    missing = [index for index, own in enumerate(ids) if own is None]
+    if missing:
+        raise ValueError(f"`sharer_input_ids` must be given for the sharers {missing}.")
+    complete = cast(list[torch.Tensor], ids)
+    all_masks = [torch.ones_like(own) if mask is None else mask for own, mask in zip(complete, masks, strict=True)]
+    return replace(given, input_ids=complete, attention_mask=all_masks, caches=caches)
+
+
+def _optional_per_sharer(name: str, value: Any, single: type, num_sharers: int) -> list[Any]:
+    """Return one value or `None` per sharer; a single value is that of the only one.
+
+    Raises:
+        ValueError: Their number is wrong.
+    """
+    values = [value] if isinstance(value, single) else list(value or [None] * num_sharers)
+    if len(values) != num_sharers:
+        raise ValueError(f"`{name}` must hold one entry per sharer ({num_sharers}), but got {len(values)}.")
     return values
 
 

@@ -1,9 +1,9 @@
 """Prefill of frozen models: a forward pass that fills a key/value cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -74,6 +74,7 @@ def prefill(
     inputs_embeds: torch.Tensor | None = None,
     logits_to_keep: int = 0,
     with_gradient: bool = False,
+    model_inputs: Mapping[str, Any] | None = None,
 ) -> torch.Tensor | None:
     """Run a model over tokens; their key/value states go into `cache`.
 
@@ -86,11 +87,12 @@ def prefill(
         inputs_embeds: `(batch_size, seq_len, hidden_size)`, or `None`.
         logits_to_keep: Number of last positions whose logits are returned. 0: none, and the head does not run.
         with_gradient: Whether gradients may flow, as an adapter in training needs.
+        model_inputs: Further arguments of the model, such as `pixel_values`, which replace the others.
 
     Returns:
         `(batch_size, logits_to_keep, vocab_size)`, or `None` for 0.
     """
-    inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    inputs: dict[str, Any] = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     if position_ids is not None and takes_position_ids(model):
         inputs["position_ids"] = position_ids
     tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -98,7 +100,8 @@ def prefill(
         inputs["logits_to_keep"] = last_positions(tokens, logits_to_keep)
     body = model if logits_to_keep else model.base_model
     with torch.set_grad_enabled(with_gradient):
-        outputs = body(**inputs, attention_mask=attention_mask, use_cache=True, **{CACHE_ARGUMENT: cache})
+        inputs |= {"attention_mask": attention_mask, "use_cache": True, CACHE_ARGUMENT: cache, **(model_inputs or {})}
+        outputs = body(**inputs)
     return outputs.logits[:, -logits_to_keep:] if logits_to_keep else None
 
 

@@ -143,6 +143,18 @@ def check_padding(role: str, model: PreTrainedModel, attention_mask: torch.Tenso
         )
 
 
+def context_length(role: str, model: PreTrainedModel) -> int | None:
+    """Return the number of tokens of a model's context; `None` where the configuration names no limit.
+
+    Args:
+        role: Names the model in errors.
+        model: A base model, or a `C2CForCausalLM`, whose receiver has the limit.
+    """
+    model = _receiver_of(model)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit - first_position(model, role) if isinstance(limit, int) and limit > 0 else None
+
+
 def check_length(role: str, model: PreTrainedModel, length: int) -> None:
     """Refuse a text that is longer than a model's context.
 
@@ -154,13 +166,9 @@ def check_length(role: str, model: PreTrainedModel, length: int) -> None:
     Raises:
         ValueError: It is.
     """
-    model = _receiver_of(model)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return
-    limit -= first_position(model, role)
-    if length > limit:
-        reason = ""
+    limit = context_length(role, model)
+    if limit is not None and length > limit:
+        model, reason = _receiver_of(model), ""
         if "dynamic" in _rope_types(model):
             reason = " (its rotary frequencies change with longer texts, so that a prompt has no cache of its own)"
         raise ValueError(

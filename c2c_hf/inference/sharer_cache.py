@@ -2,8 +2,10 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +31,7 @@ class SharerCache:
         attention_mask: `(batch_size, seq_len)`, 0 at padding and at tokens that the sharer does not see.
         cache: Its full-length cache.
         source: Which sharer computed it, where it comes from elsewhere.
+        text: The text of a single row, for a receiver that tokenizes it, too. `None`: not kept.
 
     Example:
         ```python
@@ -45,6 +48,7 @@ class SharerCache:
     attention_mask: torch.Tensor
     cache: Cache
     source: SharerSource | None = None
+    text: str | None = None
 
     @classmethod
     def prefill(
@@ -54,6 +58,9 @@ class SharerCache:
         attention_mask: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         revision: str | None = None,
+        text: str | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
     ) -> "SharerCache":
         """Prefill a sharer for a receiver elsewhere.
 
@@ -65,16 +72,23 @@ class SharerCache:
             tokenizer: The sharer's, whose vocabulary is then compared, too. `None`: not compared.
             revision: The commit from which the model was loaded, to be compared as well. `None`: the model's own
                 record.
+            text: The text of the tokens, to be kept beside them.
+            inputs_embeds: `(batch_size, seq_len, hidden_size)`, prefilled in place of `input_ids`. `None`: none.
+            model_inputs: Further arguments of the model, such as `pixel_values` of a vision-language model, whose
+                `input_ids` hold its image tokens. `None`: none.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        sharer_cache = prefill_sharer(model, input_ids, attention_mask)
+        sharer_cache = prefill_sharer(
+            model, input_ids, attention_mask, inputs_embeds=inputs_embeds, model_inputs=model_inputs
+        )
         vocabulary = None if tokenizer is None else tokenizer_hash(tokenizer)
         revision = revision or getattr(model.config, "_commit_hash", None)
         sharer_cache.source = SharerSource(fingerprint(model), revision, vocabulary)
+        sharer_cache.text = text
         return sharer_cache
 
     def to_safetensors(self, path: str | Path | None = None, int8: bool = False) -> bytes:
-        """Encode tokens, states and source as safetensors, as a message or a file.
+        """Encode tokens, states, source and text as safetensors, as a message or a file.
 
         Args:
             path: Of a file to write as well, whole or not at all. `None`: none.
@@ -100,6 +114,7 @@ class SharerCache:
             "dtype": str(layers[0][0].dtype).removeprefix("torch."),
             "text_hash": text_hash(self.input_ids, self.attention_mask),
             **{field: value for field, value in source._asdict().items() if value is not None},
+            **({} if self.text is None else {"text": self.text}),
         }
         data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
         if path is not None:
@@ -138,7 +153,7 @@ class SharerCache:
         if text_hash(ids, mask) != metadata.get("text_hash"):
             raise ValueError("`data` says that its states belong to another text; send or save it anew.")
         source = SharerSource(*(metadata.get(field) for field in SharerSource._fields))
-        return cls.from_layers(ids, mask, layers, source)
+        return replace(cls.from_layers(ids, mask, layers, source), text=metadata.get("text"))
 
     @classmethod
     def from_layers(
@@ -212,12 +227,42 @@ class SharerCache:
         return int(same.all(0).long().cumprod(0).sum())
 
 
+def quantization_scale(states: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the scale by which each head's state of a token is rounded to a few bits, in float32.
+
+    Args:
+        states: `(..., head_dim)`.
+        bits: Per number, including the sign.
+
+    Returns:
+        `(..., 1)`, not 0.
+    """
+    largest = 2 ** (bits - 1) - 1
+    return states.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
+
+
+def round_states(states: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return states rounded to a few bits, with one scale per head and token.
+
+    Args:
+        states: `(..., head_dim)`.
+        bits: Per number, including the sign.
+
+    Returns:
+        In shape and dtype of `states`.
+    """
+    scale = quantization_scale(states, bits)
+    return ((states.float() / scale).round() * scale).to(states.dtype)
+
+
 def prefill_sharer(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     cached: SharerCache | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    model_inputs: Mapping[str, Any] | None = None,
 ) -> SharerCache:
     """Prefill a sharer, or continue its cache.
 
@@ -227,6 +272,8 @@ def prefill_sharer(
         attention_mask: `(batch_size, seq_len)`.
         position_ids: `(batch_size, seq_len)`, counted from 0, or `None`: counted from the mask.
         cached: Cache of an earlier text, or `None`. It is cropped to the common prefix and continued from there.
+        inputs_embeds: `(batch_size, seq_len, hidden_size)`, prefilled in place of `input_ids`; not with `cached`.
+        model_inputs: Further arguments of the model, such as `pixel_values`; not with `cached`.
 
     Returns:
         The cache of the whole text; `cached` itself where there is a common prefix.
@@ -246,7 +293,13 @@ def prefill_sharer(
         cached.crop(start)
         cached.input_ids, cached.attention_mask = input_ids, attention_mask
     if start < input_ids.shape[1]:
-        prefill(model, cached.cache, input_ids[:, start:], attention_mask, position_ids[:, start:])
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.to(device)
+        prefill(
+            *(model, cached.cache, input_ids[:, start:], attention_mask, position_ids[:, start:]),
+            inputs_embeds=inputs_embeds,
+            model_inputs=model_inputs,
+        )
     return cached
 
 

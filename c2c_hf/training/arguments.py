@@ -1,16 +1,41 @@
 """`C2CTrainingArguments`: a training run's fields, their defaults and what they mean."""
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from ..configuration_c2c import check_choice
 from ..fusers.c2c import GATE_NOISES
+from .tokenization import ANSWER_FORMATS, QUESTION_TEMPLATE
 
 #: The gate noise of each preset; in all else they are the same.
 PRESETS = {"default": "logistic", "paper": "gumbel"}
 #: Weights of the losses.
 _WEIGHTS = ("answer_weight", "continuation_weight", "distillation_weight", "guard_weight", "choice_weight")
+#: Fields that are arguments of `prepare_dataset`.
+_TOKENIZATION_FIELDS = (
+    *("max_length", "answer_format", "question_template", "plain_text", "plain_choices", "chat_template_kwargs"),
+    *("continuation_length", "min_prefix_length", "max_prefix_length", "seed"),
+)
+
+
+def parse_json(value: dict | str | None) -> dict[str, Any]:
+    """Return a dictionary, which a command line gives as JSON."""
+    return json.loads(value) if isinstance(value, str) else value or {}
+
+
+def check_positive(arguments: object, *names: str) -> None:
+    """Check that fields are at least 1, or `None`.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but got {value!r}.")
 
 
 @dataclass
@@ -19,6 +44,16 @@ class C2CTrainingArguments(TrainingArguments):
 
     Args:
         max_length: Largest number of tokens of an example, see [`~training.dataset.prepare_dataset`].
+        dataset_num_proc: Processes that tokenize; not used for streamed data. `None`: this one.
+        answer_format: Answer to a multiple choice question: `"letter"`, `"text"` of the choice, or `"both"`.
+        question_template: Prompt of a multiple choice question, with `{question}` and, unless the answer is a
+            `"text"`, `{choices}`.
+        plain_text: Take prompts as plain text although the receiver has a chat template.
+        plain_choices: The same for multiple choice only.
+        chat_template_kwargs: Arguments of the chat templates, such as `{"enable_thinking": false}`.
+        continuation_length: Of `text` rows: largest number of receiver tokens to continue with.
+        min_prefix_length: Smallest number of receiver tokens in front of them.
+        max_prefix_length: Largest number of them. `None`: as many as fit in `max_length`.
         preset: `"paper"`: as in arXiv 2510.03215; `"default"`: what works better in the package's own experiments. It
             decides `gate_noise` where that is `None`.
         gate_noise: Noise of the gates in training: `"gumbel"`, one-sided, as in the paper; `"logistic"`, two-sided, so
@@ -69,6 +104,17 @@ class C2CTrainingArguments(TrainingArguments):
 
     # Data
     max_length: int = field(default=2048, metadata={"help": "Largest number of tokens of an example."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    answer_format: str = field(default="letter", metadata={"help": f"One of {', '.join(ANSWER_FORMATS)}."})
+    question_template: str = field(
+        default=QUESTION_TEMPLATE, metadata={"help": "Prompt of a multiple choice question."}
+    )
+    plain_text: bool = field(default=False, metadata={"help": "Take prompts as plain text."})
+    plain_choices: bool = field(default=False, metadata={"help": "The same for multiple choice only."})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "Of the chat templates, JSON."})
+    continuation_length: int = field(default=48, metadata={"help": "Of texts: largest number of tokens to continue."})
+    min_prefix_length: int = field(default=24, metadata={"help": "Smallest number of tokens in front of them."})
+    max_prefix_length: int | None = field(default=None, metadata={"help": "Largest number of them."})
 
     # Method
     preset: str = field(default="default", metadata={"help": f"One of {', '.join(PRESETS)}."})
@@ -129,5 +175,16 @@ class C2CTrainingArguments(TrainingArguments):
             )
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, but got {self.max_length!r}.")
+        self.chat_template_kwargs = parse_json(self.chat_template_kwargs)
+        check_choice("answer_format", self.answer_format, ANSWER_FORMATS)
+        for name in ("{question}", "{choices}") if self.answer_format != "text" else ("{question}",):
+            if name not in self.question_template:
+                raise ValueError(f"`question_template` must contain {name}, but got {self.question_template!r}.")
+        check_positive(self, "dataset_num_proc", "continuation_length", "min_prefix_length", "max_prefix_length")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False, but got True: the collator picks its columns.")
+
+    def tokenization(self) -> dict[str, Any]:
+        """Return the arguments of [`~training.dataset.prepare_dataset`]."""
+        fields = {name: getattr(self, name) for name in _TOKENIZATION_FIELDS}
+        return {**fields, "num_proc": self.dataset_num_proc}

@@ -9,11 +9,25 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, sort_checkpoints
 
 from .._files import move_into_place, remove_folder, staged_folder
-from ..checkpoints.fuser_weights import check_fuser_weights, is_own_weight, load_fuser_weights
+from ..checkpoints.fuser_weights import check_fuser_weights, load_fuser_weights
 from ..checkpoints.receiver_adapter import load_adapter
+from ..fusers import fuser_state_dict
 from ..modeling_c2c import C2CForCausalLM
 
 STATE_FILE = "trainer_state.json"
+
+
+def restore_model(model: C2CForCausalLM, folder: str) -> None:
+    """Load fuser and adapter from a checkpoint of this model.
+
+    Raises:
+        ValueError: It is one of another fuser.
+    """
+    weights = load_fuser_weights(folder, {})
+    tables = {name: value for name, value in model.state_dict().items() if name.startswith("token_table_")}
+    check_fuser_weights(weights, {**tables, **fuser_state_dict(model.fuser)})
+    model.load_state_dict(weights, strict=False)
+    load_adapter(model.receiver, folder, {})
 
 
 class CheckpointingTrainer(Trainer):
@@ -77,11 +91,7 @@ class CheckpointingTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        weights = load_fuser_weights(resume_from_checkpoint, {})
-        own_weights = {name: value for name, value in self.model.state_dict().items() if is_own_weight(name)}
-        check_fuser_weights(weights, own_weights)
-        self.model.load_state_dict(weights, strict=False)
-        load_adapter(self.model.receiver, resume_from_checkpoint, {})
+        restore_model(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -9,17 +9,18 @@ import torch
 from ..alignment.padding import pad_token_id
 from ..inference.sharer_cache import SharerCache
 from ..processing_c2c import C2CProcessor
-from .tokenization import SHARER_COLUMNS
+from .tokenization import EXAMPLE_COLUMNS, SHARER_COLUMNS
 
 
 class C2CDataCollator:
     """Pads examples to a batch: prompts on the left, answers on the right, so that all rows have one boundary.
 
     Args:
-        processor: The pair's; its pad tokens are used.
+        processor: The pair's; its pad tokens are used, and [`C2CTrainer`] tokenizes raw rows with it.
     """
 
     def __init__(self, processor: C2CProcessor) -> None:
+        self.processor = processor
         self.pad_token_id = pad_token_id(processor.tokenizer)
         self.sharer_pad_token_ids = [pad_token_id(tokenizer) for tokenizer in processor.sharer_tokenizers]
 
@@ -40,8 +41,7 @@ class C2CDataCollator:
         Raises:
             ValueError: The rows are no examples, or a Trainer removed columns.
         """
-        required = {"input_ids", "answer_ids", *SHARER_COLUMNS}
-        if missing := sorted(required - set(examples[0])):
+        if missing := sorted(EXAMPLE_COLUMNS - set(examples[0])):
             raise ValueError(
                 f"`examples` lack {missing}: tokenize rows with `prepare_dataset` of `c2c_hf.training.dataset`, and "
                 "pass `remove_unused_columns=False` to a Trainer that is not `C2CTrainer`."

@@ -4,7 +4,7 @@
 | --- | --- |
 | chat | `messages` of `role` and `content`, or `conversations` of `from` and `value` (ShareGPT) |
 | multiple choice | `question`, `choices` (texts), `answer` (index) |
-| prompt and completion | `prompt`, `completion` |
+| prompt and completion | `prompt`, `completion`: two texts, or the messages of a chat and those that are learned |
 | questions on passages | `context`, `question`, `answers` (texts, or in `text` as in SQuAD); the first is learned |
 | text, in memory mode on the receiver's grid | `text`; what is before a random cut is sharer-only context |
 
@@ -24,11 +24,16 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..processing_c2c import C2CProcessor
 from .passages import PASSAGE_COLUMNS, passage_chats
-from .tokenization import FITS_COLUMN, QUESTION_TEMPLATE, RowTokenizer, check_columns
+from .tokenization import EXAMPLE_COLUMNS, FITS_COLUMN, QUESTION_TEMPLATE, RowTokenizer, check_columns
 
 logger = logging.getLogger(__name__)
 
 _JSON_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name is that of a JSON Lines file, and no Hub id."""
+    return name.endswith(_JSON_ENDINGS)
 
 
 def load_rows(
@@ -45,7 +50,7 @@ def load_rows(
     Raises:
         ValueError: The file does not exist or is no JSON Lines in UTF-8, naming the row.
     """
-    if not name.endswith(_JSON_ENDINGS):
+    if not is_file_name(name):
         return load_dataset(name, config, split=split, streaming=streaming)
     path = Path(name).expanduser()
     if not path.is_file():
@@ -97,7 +102,7 @@ def prepare_dataset(
     """Tokenize a data set for [`C2CDataCollator`], one example per assistant turn, in memory mode per chat.
 
     Args:
-        dataset: Rows of one of the kinds above.
+        dataset: Rows of one of the kinds above; examples are returned as they are.
         processor: The pair's.
         max_length: Largest number of receiver tokens, and of each sharer's. Answers are cut there; examples whose
             prompt leaves no room for an answer are dropped, and their number is logged (of streamed data: each).
@@ -125,6 +130,8 @@ def prepare_dataset(
     columns = dataset.column_names
     if columns is None:
         columns = list(next(iter(dataset), {}))
+    if EXAMPLE_COLUMNS <= set(columns):
+        return dataset
     check_columns(columns, name)
     is_choice = "choices" in columns and processor.mode != "memory"
     if PASSAGE_COLUMNS <= set(columns) and not is_choice:

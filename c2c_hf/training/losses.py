@@ -7,7 +7,6 @@ from torch import nn
 
 from ..inference.inputs import ReceiverInputs
 from ..inference.loglikelihood import scores_after
-from ..inference.prefill import last_positions
 from ..modeling_c2c import C2CForCausalLM, run_receiver
 from .collator import TrainingBatch
 
@@ -92,9 +91,7 @@ def guard_losses(model: C2CForCausalLM, batch: TrainingBatch) -> torch.Tensor:
         `(num_targets,)`, float32, row by row.
     """
     with torch.no_grad(), model.disable_fusion():
-        # An index rather than a number: see `last_positions`.
-        kept = last_positions(batch.input_ids, batch.logits_to_keep)
-        receiver_logits = model(**{**batch.model_inputs(), "logits_to_keep": kept}).logits
+        receiver_logits = model(**batch.model_inputs()).logits
     logits = model(**batch.model_inputs(with_labels=model.config.fuse_response)).logits
     return divergences(batch.labels, receiver_logits, logits)
 
@@ -114,8 +111,7 @@ def distillation_losses(model: C2CForCausalLM, batch: TrainingBatch, logits: tor
     """
     inputs = ReceiverInputs(batch.input_ids, None, batch.attention_mask, None).with_positions()
     with torch.no_grad():
-        kept = last_positions(batch.input_ids, batch.logits_to_keep)
-        outputs = run_receiver(model.receiver, inputs, None, None, False, kept, {})
+        outputs = run_receiver(model.receiver, inputs, None, None, False, batch.logits_to_keep, {})
     return divergences(batch.labels, outputs.logits[:, -batch.logits_to_keep :], logits)
 
 

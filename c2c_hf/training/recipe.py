@@ -4,7 +4,6 @@
 optimization and the losses.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,14 +15,12 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
-from ..configuration_c2c import check_choice
 from ..demo import from_pretrained, local_pair
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
-from .arguments import C2CTrainingArguments
-from .dataset import load_rows, prepare_dataset
+from .arguments import C2CTrainingArguments, check_positive, parse_json
+from .dataset import is_file_name, load_rows, prepare_dataset
 from .passages import exclude_overlaps, rows_word_runs
-from .tokenization import ANSWER_FORMATS, QUESTION_TEMPLATE
 
 #: Fields of [`ModelArguments`] that are fields of the configuration.
 _CONFIG_FIELDS = (
@@ -32,6 +29,8 @@ _CONFIG_FIELDS = (
     "fusion_source_layers",
     "joint_keys_values",
     "unrotate_keys",
+    "shared_hidden_size",
+    "shared_num_layers",
     "fusion_mode",
     "fuser_initialization",
     "initial_gate_temperature",
@@ -68,6 +67,8 @@ class ModelArguments:
         fusion_source_layers: See [`C2CConfig`].
         joint_keys_values: See [`C2CConfig`].
         unrotate_keys: See [`C2CConfig`].
+        shared_hidden_size: See [`C2CConfig`].
+        shared_num_layers: See [`C2CConfig`].
         fusion_mode: See [`C2CConfig`].
         fuser_initialization: See [`C2CConfig`].
         initial_gate_temperature: See [`C2CConfig`].
@@ -102,6 +103,8 @@ class ModelArguments:
     fusion_source_layers: int | None = None
     joint_keys_values: bool | None = None
     unrotate_keys: bool | None = None
+    shared_hidden_size: int | None = None
+    shared_num_layers: int | None = None
     fusion_mode: str | None = None
     fuser_initialization: str | None = None
     initial_gate_temperature: float | None = None
@@ -118,7 +121,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         for name in ("receiver_kwargs", "sharer_kwargs"):
-            setattr(self, name, _parse_json(getattr(self, name)))
+            setattr(self, name, parse_json(getattr(self, name)))
         for name in ("sharers", *_SHARER_FIELDS):
             value = getattr(self, name)
             # YAML files may name a single one without brackets.
@@ -139,7 +142,7 @@ class ModelArguments:
             if (value := getattr(self, name)) is not None
         }
         receiver_kwargs, sharer_kwargs = (
-            {**shared, **_parse_json(kwargs)} for kwargs in (self.receiver_kwargs, self.sharer_kwargs)
+            {**shared, **parse_json(kwargs)} for kwargs in (self.receiver_kwargs, self.sharer_kwargs)
         )
         given = self.config_fields()
         if self.fuser is not None:
@@ -203,16 +206,6 @@ class DataArguments:
         max_eval_rows: The same for evaluation.
         streaming: Load training data while training; needs `max_steps`.
         shuffle_buffer_size: Number of streamed examples among which the next is drawn.
-        preprocessing_num_workers: Processes that tokenize, without streaming. `None`: this one.
-        answer_format: Answer to a multiple choice question: `"letter"`, `"text"` of the choice, or `"both"`.
-        question_template: Prompt of a multiple choice question, with `{question}` and, unless the answer is a
-            `"text"`, `{choices}`.
-        continuation_length: Of `text` rows: largest number of receiver tokens to continue with.
-        min_prefix_length: Smallest number of receiver tokens in front of them.
-        max_prefix_length: Largest number of them. `None`: as many as fit in `max_length`.
-        plain_text: Take prompts as plain text although the receiver has a chat template.
-        plain_choices: The same for multiple choice only.
-        chat_template_kwargs: Arguments of the chat templates, such as `{"enable_thinking": false}`.
 
     Raises:
         ValueError: For an unknown value, naming the field, the value and what is allowed.
@@ -229,29 +222,9 @@ class DataArguments:
     max_eval_rows: int | None = None
     streaming: bool = False
     shuffle_buffer_size: int = 1000
-    preprocessing_num_workers: int | None = None
-    answer_format: str = "letter"
-    question_template: str = QUESTION_TEMPLATE
-    continuation_length: int = 48
-    min_prefix_length: int = 24
-    max_prefix_length: int | None = None
-    plain_text: bool = False
-    plain_choices: bool = False
-    chat_template_kwargs: dict | str | None = None
 
     def __post_init__(self) -> None:
-        self.chat_template_kwargs = _parse_json(self.chat_template_kwargs)
-        check_choice("answer_format", self.answer_format, ANSWER_FORMATS)
-        for name in ("{question}", "{choices}") if self.answer_format != "text" else ("{question}",):
-            if name not in self.question_template:
-                raise ValueError(f"`question_template` must contain {name}, but got {self.question_template!r}.")
-        for name in (
-            *("max_train_rows", "max_eval_rows", "shuffle_buffer_size", "preprocessing_num_workers"),
-            *("continuation_length", "min_prefix_length", "max_prefix_length"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but got {value!r}.")
+        check_positive(self, "max_train_rows", "max_eval_rows", "shuffle_buffer_size")
         weights = self.train_weights
         if weights is not None and (len(weights) != len(self.train_data) or not all(w > 0 for w in weights)):
             raise ValueError(
@@ -259,16 +232,19 @@ class DataArguments:
                 f"got {weights}."
             )
 
+    def hub_ids(self) -> list[str]:
+        """Return which of the training data are on the Hub."""
+        return [name for name in self.train_data if not is_file_name(name)]
+
     def load(
-        self, processor: C2CProcessor, max_length: int, seed: int = 42
+        self, processor: C2CProcessor, arguments: C2CTrainingArguments
     ) -> tuple[Dataset | IterableDataset, Dataset | None]:
         """Load and tokenize all data.
 
         Args:
             processor: The pair's.
-            max_length: See [`~training.dataset.prepare_dataset`].
-            seed: Of the shuffling of streamed data, of the mixture by weights, and see
-                [`~training.dataset.prepare_dataset`].
+            arguments: How rows are tokenized; the seed is also that of the shuffling of streamed data and of the
+                mixture by weights.
 
         Returns:
             Training data, and evaluation data or `None`.
@@ -282,22 +258,20 @@ class DataArguments:
         for name in self.excluded_data:
             excluded |= rows_word_runs(load_rows(name, self.eval_split, self.dataset_config))
         train = [
-            self._load(
-                name, self.train_split, self.max_train_rows, self.streaming, processor, max_length, seed, excluded
-            )
+            self._load(name, self.train_split, self.max_train_rows, self.streaming, processor, arguments, excluded)
             for name in self.train_data
         ]
         evaluation = [
-            self._load(name, self.eval_split, self.max_eval_rows, False, processor, max_length, seed, set())
+            self._load(name, self.eval_split, self.max_eval_rows, False, processor, arguments, set())
             for name in self.eval_data
         ]
         if self.train_weights is None:
             train_data = concatenate_datasets(train)
         else:
             shares = [weight / sum(self.train_weights) for weight in self.train_weights]
-            train_data = interleave_datasets(train, shares, seed, stopping_strategy="all_exhausted")
+            train_data = interleave_datasets(train, shares, arguments.seed, stopping_strategy="all_exhausted")
         if self.streaming:
-            train_data = train_data.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
+            train_data = train_data.shuffle(seed=arguments.seed, buffer_size=self.shuffle_buffer_size)
         return train_data, concatenate_datasets(evaluation) if evaluation else None
 
     def _load(
@@ -307,8 +281,7 @@ class DataArguments:
         max_rows: int | None,
         streaming: bool,
         processor: C2CProcessor,
-        max_length: int,
-        seed: int,
+        arguments: C2CTrainingArguments,
         excluded: set[int],
     ) -> Dataset | IterableDataset:
         rows = load_rows(name, split, self.dataset_config, streaming)
@@ -316,27 +289,7 @@ class DataArguments:
             rows = rows.take(max_rows) if streaming else rows.select(range(min(max_rows, len(rows))))
         if excluded:
             rows = exclude_overlaps(rows, excluded, name)
-        return prepare_dataset(
-            rows,
-            processor,
-            max_length,
-            self.answer_format,
-            self.question_template,
-            self.plain_text,
-            self.plain_choices,
-            _parse_json(self.chat_template_kwargs),
-            name,
-            self.preprocessing_num_workers,
-            self.continuation_length,
-            self.min_prefix_length,
-            self.max_prefix_length,
-            seed,
-        )
-
-
-def _parse_json(value: dict | str | None) -> dict[str, Any]:
-    """Return a dictionary, which a command line gives as JSON."""
-    return json.loads(value) if isinstance(value, str) else value or {}
+        return prepare_dataset(rows, processor, name=name, **arguments.tokenization())
 
 
 _DATACLASSES = (ModelArguments, DataArguments, C2CTrainingArguments)

@@ -57,6 +57,8 @@ class Example(TypedDict):
 
 #: Columns of an example with one entry per sharer.
 SHARER_COLUMNS = ("sharer_input_ids", "sharer_attention_mask", "sharer_alignment")
+#: Columns of every example.
+EXAMPLE_COLUMNS = frozenset({"input_ids", "answer_ids", *SHARER_COLUMNS})
 #: How many places of a text are tried, where it can seldom be cut without a change of its tokens.
 _MAX_CUTS = 8
 #: Column of `RowTokenizer`'s output: whether the prompt leaves room for an answer.
@@ -183,6 +185,9 @@ class RowTokenizer:
             yield from _chat_turns(row)
         elif "choices" in row:
             yield self._choice_turn(row)
+        elif isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+            turns = _chat_turns({"messages": [*row["prompt"], *row["completion"]]})
+            yield from (turn for turn in turns if len(turn.messages) >= len(row["prompt"]))
         else:
             for column in ("prompt", "completion"):
                 if not isinstance(row[column], str) or not row[column].strip():

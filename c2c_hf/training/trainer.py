@@ -6,31 +6,68 @@ Here are the order of a step, the annealing of the gates' temperature and what i
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import DataCollator
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, get_last_checkpoint
 from transformers.utils import ModelOutput
 
+from .._files import write_file
+from ..checkpoints.fuser_weights import is_own_weight
 from ..checkpoints.receiver_adapter import add_adapter
+from ..configuration_c2c import C2CConfig
 from ..fusers.c2c import C2CFuser, FuserGroup
+from ..hub.licenses import base_licenses
+from ..hub.model_card import render_model_card
+from ..hub.publish import publish_fuser
+from ..hub.training_run import TrainingRun
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .arguments import PRESETS, C2CTrainingArguments
 from .batch_transforms import draw_rows, keep_random_spans, mismatch_sharers
 from .checkpoints import STATE_FILE, CheckpointingTrainer
 from .collator import C2CDataCollator, TrainingBatch
+from .dataset import prepare_dataset
 from .losses import answer_losses, choice_losses, distillation_losses, guard_losses
+from .run_record import Evaluated, record_run
 from .sharer_cache_store import SharerCacheStore
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+def _tokenized(dataset: Any, args: C2CTrainingArguments, collator: DataCollator, name: str) -> Any:
+    """Tokenize the rows of a data set or of each in a dictionary; what is no data set, or of examples, is returned.
+
+    Other collators than [`C2CDataCollator`] may take other columns: theirs stay as they are, too.
+    """
+    if isinstance(dataset, dict):
+        return {key: _tokenized(value, args, collator, f"{name}[{key!r}]") for key, value in dataset.items()}
+    if not isinstance(collator, C2CDataCollator) or not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    # Of several processes, the first one tokenizes, and the others find the result on the disk.
+    with args.main_process_first(desc=f"tokenizing {name}"):
+        return prepare_dataset(dataset, collator.processor, name=name, **args.tokenization())
+
+
+def annealed_temperature(config: C2CConfig, step: int, max_steps: int) -> float:
+    """Return the temperature of the gates in an optimizer step.
+
+    Args:
+        config: Its first and last temperature.
+        step: Counted from 0.
+        max_steps: Of the run.
+    """
+    progress = min(1.0, step / max(1, max_steps))
+    ratio = config.final_gate_temperature / config.initial_gate_temperature
+    return float(config.initial_gate_temperature * ratio**progress)
 
 
 class C2CTrainer(CheckpointingTrainer):
@@ -44,6 +81,8 @@ class C2CTrainer(CheckpointingTrainer):
     With distillation or continuations it logs the losses of answers and of continuations apart, per token, unweighted:
     `answer_loss`, `answer_distillation_loss`, `continuation_loss` and `continuation_distillation_loss`.
 
+    `dataset_names`, Hub ids of the training data, go on the model card beside what the run records of itself.
+
     A checkpoint holds the fuser, never a base model. It appears in its place when it is complete, so that a run that
     is killed at any moment resumes from the last one, bit for bit.
 
@@ -51,8 +90,10 @@ class C2CTrainer(CheckpointingTrainer):
         model: The pair.
         args: Arguments of the run.
         data_collator: `None`: a [`C2CDataCollator`].
-        train_dataset: Examples of [`~training.dataset.prepare_dataset`].
-        eval_dataset: The same, or a dictionary of them.
+        train_dataset: Rows with `messages`, `conversations`, `question`, `choices` and `answer`, `prompt` and
+            `completion`, `context`, `question` and `answers`, or `text`, which are tokenized as `args` say; or
+            examples of [`~training.dataset.prepare_dataset`]. A `Dataset` or, streamed, an `IterableDataset`.
+        eval_dataset: The same, or a dictionary of them; `evaluate` and `predict` take them as well.
         processing_class: The pair's processor; saved with every checkpoint.
         peft_config: A `peft.LoraConfig` or the like: an adapter of the receiver is trained with the fuser, or with
             `train_fuser=False` in its place, and saved beside it. `None`: no new adapter.
@@ -65,7 +106,7 @@ class C2CTrainer(CheckpointingTrainer):
         ValueError: Nothing to train: `train_fuser=False` without an adapter; or `min_fused_fraction` in memory mode.
         ValueError: `sharer_cache_dir` with `fuse_response=True`; or `distillation_weight` where `input_ids` does not
             hold the context, in fusion mode and on the sharer's grid.
-        ValueError: A data set holds raw rows in place of examples.
+        ValueError: A data set has unknown columns or a bad row.
         ValueError: The processor is not that of the model: another mode, grid, alignment or vocabulary.
         ValueError: Neither processor nor collator, or `compute_loss_func`, which is not supported.
     """
@@ -80,7 +121,7 @@ class C2CTrainer(CheckpointingTrainer):
         args: C2CTrainingArguments,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: C2CProcessor | None = None,
         peft_config: "PeftConfig | None" = None,
         **kwargs: Any,
@@ -97,19 +138,6 @@ class C2CTrainer(CheckpointingTrainer):
             data_collator = C2CDataCollator(processing_class)
         if isinstance(processing_class, C2CProcessor):
             model.check_processor(processing_class.settings)
-        # An evaluation may have several data sets.
-        given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-        for dataset in given:
-            columns = getattr(dataset, "column_names", None)
-            if (
-                isinstance(data_collator, C2CDataCollator)
-                and columns
-                and not {"input_ids", "answer_ids"} <= set(columns)
-            ):
-                raise ValueError(
-                    f"The data set has the columns {sorted(columns)}, but training takes tokenized examples; pass "
-                    "`prepare_dataset(dataset, processor)` of `c2c_hf.training.dataset`."
-                )
         if peft_config is not None:
             add_adapter(model.receiver, peft_config)
         if model.config.mode == "memory" and args.min_fused_fraction != 1.0:
@@ -128,8 +156,8 @@ class C2CTrainer(CheckpointingTrainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=_tokenized(train_dataset, args, data_collator, "`train_dataset`"),
+            eval_dataset=_tokenized(eval_dataset, args, data_collator, "`eval_dataset`"),
             processing_class=processing_class,
             **kwargs,
         )
@@ -143,6 +171,9 @@ class C2CTrainer(CheckpointingTrainer):
         for group in self._groups:
             group.gate.gate_noise = args.gate_noise or PRESETS[args.preset]
         self._processor = processing_class
+        self.dataset_names: list[str] = []
+        #: Prefix of the metrics' names -> the last evaluation.
+        self._evaluated: dict[str, Evaluated] = {}
         #: Values of the steps since the last log, to be averaged.
         self._logged: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         #: Summed loss and number of answer tokens of the evaluation that is running.
@@ -206,10 +237,7 @@ class C2CTrainer(CheckpointingTrainer):
 
     def gate_temperature(self, step: int) -> float:
         """Return the temperature of the gates in an optimizer step, counted from 0."""
-        config = self.model.config
-        progress = min(1.0, step / max(1, self.state.max_steps))
-        ratio = config.final_gate_temperature / config.initial_gate_temperature
-        return float(config.initial_gate_temperature * ratio**progress)
+        return annealed_temperature(self.model.config, step, self.state.max_steps)
 
     def training_step(
         self,
@@ -406,19 +434,53 @@ class C2CTrainer(CheckpointingTrainer):
             labels = labels[:, labels.shape[1] - logits.shape[1] :]
         return loss, logits, labels
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; the loss is the mean over all answer tokens, however they are batched."""
         self._eval_sums.zero_()
-        output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.reduce(self._eval_sums.to(self.args.device), "sum")
         for name in [name for name in output.metrics if name.endswith("_loss")]:
             output.metrics[name] = float(sums[0] / sums[1].clamp_min(1))
+        step, num_items = self.state.global_step, output.num_samples or 0
+        self._evaluated[metric_key_prefix] = Evaluated(step, num_items, dict(output.metrics))
         return output
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate with hard gates."""
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # They were those of another step.
+        self._evaluated.clear()
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate with hard gates.
+
+        Args:
+            eval_dataset: Rows or examples, or a dictionary of them. `None`: the trainer's; a text: one of those.
+            *args: See [`~transformers.Trainer.evaluate`].
+            **kwargs: See there.
+
+        Raises:
+            ValueError: The data set has unknown columns or a bad row.
+        """
         with self._not_timed():
-            return super().evaluate(*args, **kwargs)
+            eval_dataset = _tokenized(eval_dataset, self.args, self.data_collator, "`eval_dataset`")
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict with hard gates.
+
+        Args:
+            test_dataset: Rows or examples.
+            *args: See [`~transformers.Trainer.predict`].
+            **kwargs: See there.
+
+        Returns:
+            Predictions, labels and metrics as `compute_metrics` gets them.
+
+        Raises:
+            ValueError: The data set has unknown columns or a bad row.
+        """
+        test_dataset = _tokenized(test_dataset, self.args, self.data_collator, "`test_dataset`")
+        return super().predict(test_dataset, *args, **kwargs)
 
     # ------------------------------------------------------------------ logs
 
@@ -449,6 +511,99 @@ class C2CTrainer(CheckpointingTrainer):
     def _record_weight(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if self.model.training:
             self._logged["mean_weight"].append(output.detach().float().sigmoid().mean())
+
+    # ------------------------------------------------------------------ saving and publishing
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save fuser and processor, and what the model card says about the run (`training_run.json`).
+
+        Args:
+            output_dir: The folder. `None`: the run's.
+            _internal_call: See [`~transformers.Trainer.save_model`].
+        """
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._record().save(folder)
+        super().save_model(output_dir, _internal_call)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Save the fuser and publish it with a model card of the run, never a base model's weight or a checkpoint.
+
+        Args:
+            commit_message: Of the commit.
+            blocking: Has no effect: the upload is awaited.
+            token: Of the Hub. `None`: that of the arguments.
+            revision: The branch. `None`: that of the arguments.
+            private: Whether a new repository is private. `None`: as the arguments say.
+            **kwargs: `license`, `datasets`, `evaluation`, `tags`, `receiver`, `sharers` and the others of
+                [`~hub.publish.publish_fuser`].
+
+        Returns:
+            The commit; `None` on other processes than the first.
+
+        Raises:
+            ValueError: A base model is a local folder, or the license cannot be determined.
+            OSError: The Hub refuses.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        args, tags = self.args, kwargs.pop("tags", None) or []
+        # Trackers name their page by a tag of the model.
+        tags = [tags] if isinstance(tags, str) else [*(self.model.model_tags or []), *tags]
+        return publish_fuser(
+            args.output_dir,
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            tags=tags,
+            token=args.hub_token if token is None else token,
+            private=args.hub_private_repo if private is None else private,
+            revision=args.hub_revision if revision is None else revision,
+            commit_message=commit_message,
+            **kwargs,
+        )
+
+    def create_model_card(
+        self, license: str | None = None, tags: Sequence[str] | str = (), model_name: str | None = None, **kwargs: Any
+    ) -> None:
+        """Write the model card of the run, `README.md` in its folder, which publishing takes as it is then.
+
+        Args:
+            license: Of the fuser. `None`: what follows from the base models' cards.
+            tags: Further tags.
+            model_name: `name` or `owner/name` on the Hub. `None`: that of the arguments.
+            **kwargs: `datasets` and `evaluation`, see [`~hub.publish.publish_fuser`].
+
+        Raises:
+            ValueError: The license cannot be determined.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, config = Path(self.args.output_dir), self.model.config
+        card = render_model_card(
+            config,
+            {name: value for name, value in self.model.state_dict().items() if is_own_weight(name)},
+            base_licenses(config, self.args.hub_token),
+            model_name or self.args.hub_model_id or folder.absolute().name,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags,
+            run=self._record(),
+            **kwargs,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "README.md", str(card))
+
+    def _record(self) -> TrainingRun:
+        return record_run(self.args, self.state, self.train_dataset, self._evaluated, self.dataset_names)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         with self._not_timed():

@@ -76,11 +76,26 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture) -> None:
             groups[list(groups)[-1]].append(command[1])
     assert groups == {
         "Options": [],
-        "Answer": ["demo", "generate", "chat"],
+        "Answer": ["demo", "generate", "chat", "serve", "prefill"],
         "Train": ["train", "fit"],
         "Evaluate": ["evaluate", "lm-eval", "analyze"],
         "Share": ["convert", "inspect", "push"],
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"), [("c2c ser", ["serve"]), ("c2c inspect --rev", ["--revision"]), ("c2c nothing", [])]
+)
+def test_shell_completion(words: str, completed: list[str], tmp_path: Path) -> None:
+    """As bash asks for it; quick, since it waits for every key."""
+    script = tmp_path / "c2c"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(c2c_hf.__file__).parent.parent)}
+    environment |= {"_C2C_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    start = cpu_seconds()
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.split() == completed
+    assert cpu_seconds() - start < 1.0
 
 
 def test_options_with_many_values() -> None:
@@ -98,6 +113,10 @@ def test_generate(folders: tuple[str, str, str], capsys: pytest.CaptureFixture) 
     words = ["generate", "--model", fuser, "--no-fusion", "--max-new-tokens", "4", "Where do rivers end?", "Why?"]
     assert main(words) == 0
     assert capsys.readouterr().out == fused, "the gates of an untrained fuser are closed"
+    assert main([*words, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == words[-2:] and {row["answer_tokens"] for row in rows} == {4}
+    assert "".join(f"{row['answer']}\n" for row in rows) == fused
     untrained = ["generate", "--receiver", receiver, "--sharer", sharer, "--max-new-tokens", "4", "--plain"]
     assert main([*untrained, "--context", "A note.", "Rivers end in"]) == 0
     assert "untrained, its gates are closed" in capsys.readouterr().err
@@ -176,14 +195,45 @@ def test_convert_saves_a_processor_too(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["generate", "--model", output, "--max-new-tokens", "2", "Hello"]) == 0
 
 
-def test_analyze(folders: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_analyze_tokenizers(folders: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("sacrebleu", reason="the report's BLEU needs sacrebleu (extra `[eval]`)")
     text = tmp_path / "text.txt"
     text.write_text("The sharer prefills the text.\n\nRivers end in the sea.\n", encoding="utf-8")
-    assert main(["analyze", folders[0], folders[1], str(text)]) == 0
+    assert main(["analyze", "tokenizers", folders[0], folders[1], str(text)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["token_alignment"] == "span"
     assert any(0.9 < value <= 1 for value in report.values() if isinstance(value, float))
+    assert (report["failures"], report["num_failures"]) == ([], 0)
+    (tmp_path / "text.jsonl").write_text('{"words": "ß"}\n', encoding="utf-8")
+    words = ["analyze", "tokenizers", folders[0], folders[1], str(tmp_path / "text.jsonl"), "--column", "words"]
+    assert main([*words, "--token-alignment", "first", "--failures", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (failure,) = report["failures"]
+    assert report["num_failures"] == 2, "two halves of a character"
+    assert failure["reason"] == "no counterpart" and failure["context"] == "ß"
+
+
+def test_analyze_fuser_and_privacy(
+    folders: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("sklearn", reason="the analysis needs scikit-learn (extra `[analysis]`)")
+    receiver, sharer, _ = folders
+    fuser, output = str(tmp_path / "memory"), tmp_path / "report"
+    C2CForCausalLM.from_receiver_and_sharers(receiver, sharer, mode="memory").save_pretrained(fuser)
+    C2CProcessor.from_receiver_and_sharers(receiver, sharer, mode="memory").save_pretrained(fuser)
+    texts = {name: tmp_path / f"{name}.txt" for name in ("train", "test")}
+    texts["train"].write_text("The keeper counted ships.\nParis is short.\n", encoding="utf-8")
+    texts["test"].write_text("The capital of France is Paris.\n", encoding="utf-8")
+    assert main(["analyze", "fuser", fuser, "--texts", str(texts["train"]), "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"The page is {output / 'index.html'}.\n"
+    assert json.loads((output / "report.json").read_text(encoding="utf-8"))["fuser"] == "memory"
+    files = ["--train", str(texts["train"]), "--test", str(texts["test"]), "--output", str(tmp_path / "privacy.json")]
+    assert main(["analyze", "privacy", fuser, *files, "--layers", "1", "--payload", "fuser"]) == 0
+    printed = capsys.readouterr().out
+    assert "| memory slots | 0 | " in printed and "sharer cache" not in printed
+    assert [own["payload"] for own in json.loads((tmp_path / "privacy.json").read_text(encoding="utf-8"))] == [
+        *("memory slots", "mismatched memory slots", "frequency"),
+    ]
 
 
 def one_error(error: str, command: str) -> str:
@@ -211,7 +261,10 @@ ERRORS = {
         ["fit", "texts.jsonl", "--output", "out", "--receiver", "/no/r", "--sharer", "/no/s"],
         "`--receiver`: the folder '/no/r' does not exist.",
     ),
-    "no tokenizer": (["analyze", "/no/r", "SHARER", "TEXT"], "the receiver: the folder '/no/r' does not exist."),
+    "no tokenizer": (
+        ["analyze", "tokenizers", "/no/r", "SHARER", "TEXT"],
+        "the receiver: the folder '/no/r' does not exist.",
+    ),
     "no JSON": (
         ["evaluate", "FUSER", "--tasks", "arc_easy", "--chat-template-kwargs", "{"],
         "`--chat-template-kwargs` is not JSON",
@@ -237,8 +290,8 @@ ERRORS = {
         + ["--sharer", "RECEIVER", "--sharer", "SHARER"],
         "`sharers` must be as many as `checkpoint_dirs` (1), but got 2.",
     ),
-    "no text": (["analyze", "RECEIVER", "SHARER", "EMPTY"], "holds no text."),
-    "no file": (["analyze", "RECEIVER", "SHARER", "/nowhere/text.txt"], "/nowhere/text.txt"),
+    "no text": (["analyze", "tokenizers", "RECEIVER", "SHARER", "EMPTY"], "holds no text."),
+    "no file": (["analyze", "tokenizers", "RECEIVER", "SHARER", "/nowhere/text.txt"], "/nowhere/text.txt"),
 }
 
 
@@ -297,6 +350,9 @@ def test_shipped_fusers_are_inspected_by_name(name: str, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert re.search(r"^receiver +HuggingFaceTB/SmolLM2-135M-Instruct", printed, flags=re.MULTILINE)
     assert re.search(r"^sharer 0 +google/gemma-3-270m", printed, flags=re.MULTILINE)
+    assert main(["inspect", name, "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert [f"{label:<16} {text}" for label, text in described.items()] == printed.splitlines()
 
 
 @pytest.mark.real_pair

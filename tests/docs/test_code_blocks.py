@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ MODELS = {
 PAIR = tuple(MODELS)[:2]
 #: Shorter than a reader would train.
 SHORTER = {"max_steps=300": "max_steps=1"}
+#: Where the pages' server is.
+ADDRESS = "127.0.0.1:8000"
 
 
 class Block(NamedTuple):
@@ -91,6 +94,16 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubClient]:
         client.pool.shutdown()
 
 
+@pytest.fixture(scope="module")
+def address(client: HubClient) -> str:
+    """The address of a server of the small `general`."""
+    for package in ("fastapi", "httpx", "openai"):
+        pytest.importorskip(package, reason="the server needs the extras `[serve]` and `[test]`")
+    outcome = client(serve_the_demo)
+    assert not isinstance(outcome, Failure), outcome
+    return outcome
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the data that the pages name."""
@@ -113,12 +126,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", PYTHON_PAGES)
-def test_python_blocks_run(name: str, client: HubClient, folder: Path) -> None:
+def test_python_blocks_run(name: str, client: HubClient, folder: Path, request: pytest.FixtureRequest) -> None:
     """All blocks of a page, one after the other, in one namespace."""
     if "evaluation" in name:
         pytest.importorskip("lm_eval", reason=NEEDS)
+    if "trl" in name:
+        pytest.importorskip("trl", reason="needs `pip install trl`")
+    if "analysis" in name:
+        pytest.importorskip("sklearn", reason="the analysis needs the extra `[analysis]`")
     blocks = [block for block in code_blocks(PAGES[name]) if block.language == "python"]
-    for old, new in SHORTER.items():
+    replaced = dict(SHORTER)
+    if any(ADDRESS in block.code for block in blocks):
+        replaced[ADDRESS] = request.getfixturevalue("address")
+    for old, new in replaced.items():
         blocks = [block._replace(code=block.code.replace(old, new)) for block in blocks]
     outcome = client(run_blocks, str(PAGES[name]), blocks, str(folder))
     assert not isinstance(outcome, Failure), outcome
@@ -142,7 +162,7 @@ def test_commands_exist(command: str, capsys: pytest.CaptureFixture, monkeypatch
         assert named <= set(extras["options.extras_require"])
         return
     else:
-        assert words[0] in ("echo", "mkdocs") or words[:3] == ["python", "-m", "pytest"], command
+        assert words[0] in ("curl", "echo", "mkdocs", "vllm") or words[:3] == ["python", "-m", "pytest"], command
         return
     for word in words:
         if word.startswith("--"):
@@ -158,14 +178,24 @@ def help_of(words: tuple[str, ...], capsys: pytest.CaptureFixture) -> str:
     if words[0] == "lm-eval":
         # lm-evaluation-harness checks its own options.
         return "--model --model_args --tasks"
-    arguments = ["train", str(ROOT / words[1]), "--help"] if words[0] == "train" else [words[0], "--help"]
+    arguments = [*words[: 2 if words[0] == "analyze" else 1], "--help"]
+    if words[0] == "train":
+        arguments = ["train", str(ROOT / words[1]), "--help"]
     with contextlib.suppress(SystemExit):
         main(arguments)
     return capsys.readouterr().out
 
 
 #: Commands that run on the tiny models: all that need no data from the Hub and do not train.
-RUNS = ("c2c demo", "c2c generate", "c2c inspect", "c2c push", "c2c fit", "c2c evaluate --tasks")
+RUNS = (
+    "c2c demo",
+    "c2c generate",
+    "c2c inspect",
+    "c2c push",
+    "c2c fit",
+    "c2c evaluate --tasks",
+    "c2c analyze tokenizers",
+)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +207,14 @@ def test_commands_run(command: str, client: HubClient, folder: Path) -> None:
     outcome = client(run_command, shlex.split(command)[1:], str(folder))
     assert not isinstance(outcome, Failure), outcome
     assert outcome[0] == 0, outcome
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("curl")])
+def test_curl_commands_run(command: str, address: str) -> None:
+    words = shlex.split(command.replace(ADDRESS, address))
+    answer = json.loads(subprocess.run([*words, "-s"], capture_output=True, check=True).stdout)
+    assert answer["choices"][0]["text"]
 
 
 # Here begin functions of the process whose Hub is on loopback.
@@ -229,6 +267,22 @@ def make_the_demo_small() -> None:
     for module in [module for name, module in sys.modules.items() if name.startswith(c2c_hf.demo.__name__)]:
         for name in small.keys() & vars(module).keys():
             setattr(module, name, small[name])
+
+
+def serve_the_demo() -> str:
+    """Serve the small `general` in a thread that ends with this process; returns the server's address."""
+    import socket
+    import threading
+
+    import uvicorn
+
+    from c2c_hf.demo import from_pretrained
+    from c2c_hf.serving.app import create_app
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(*from_pretrained("general"), "general"), log_level="warning"))
+    threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
+    return f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 def run_blocks(page: str, blocks: list[Block], folder: str) -> None:

@@ -2,18 +2,31 @@
 
 import pytest
 import torch
+from conftest import tiny_model
 from evaluation_for_tests import CHOICES, PROMPTS, pair
+from naive import feed_forward, hidden_and_weight, read, turned
+from tokenizers_for_tests import byte_level_tokenizer
+from torch.nn.functional import linear
+from transformers import DynamicCache
 
 from c2c_hf._compat import CACHE_ARGUMENT
-from c2c_hf.evaluation.methods.answerer import PromptBatch, Query
+from c2c_hf.evaluation.methods.answerer import ModelAnswerer, PromptBatch, Query
 from c2c_hf.evaluation.methods.c2c_answerer import C2CAnswerer
 from c2c_hf.evaluation.methods.controls import CONTROLS as PLAIN_CONTROLS
 from c2c_hf.evaluation.methods.controls import Control, NoiseStates, ZeroStates
+from c2c_hf.evaluation.methods.oracle_enrichment import build_oracle
 from c2c_hf.evaluation.methods.payload_ablations import PAYLOAD_ABLATIONS, PositionSubset, QuantizedStates
+from c2c_hf.evaluation.methods.registry import build_methods, find_control, parse_layers
 from c2c_hf.inference.prefill import full_length_cache
 from c2c_hf.inference.sharer_cache import SharerCache
 
-CONTROLS = {**PLAIN_CONTROLS, **PAYLOAD_ABLATIONS}
+NAMES = ["single_layer=1", "layers=0,2", "first=0.3", "last=0.3", "most_changed=0.3"]
+#: Those that need a single sharer have a test of their own.
+CONTROLS = {
+    **{name: control for name, control in PLAIN_CONTROLS.items() if name != "project_only"},
+    **PAYLOAD_ABLATIONS,
+    **{name: find_control(name) for name in NAMES},
+}
 MISMATCHED = [*PROMPTS[1:], PROMPTS[0]]
 QUERIES = [
     Query(prompt, seed=7 + i, mismatched_prompt=other)
@@ -60,6 +73,133 @@ def test_closed_gates_equal_fusion_off_and_are_restored() -> None:
         assert all((p == -1).all() for name, p in model.named_parameters() if "gate_logit" in name)
         C2CAnswerer(model, processor).score(QUERIES[:1], [[""]])
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters() if "gate_logit" in name)
+
+
+def fused_cache(control: Control) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Keys and values of every layer under a control and without fusion, and which positions are fused."""
+    model, processor = pair()
+    batch = C2CAnswerer(model, processor).tokenize(QUERIES[:1], strip=True)
+    states = []
+    for context in (control.applied(model), model.disable_fusion()):
+        cache = full_length_cache()
+        with torch.no_grad(), context:
+            model(**batch.fusion_inputs(), **{CACHE_ARGUMENT: cache})
+        states.append([s[0] for layer in cache.layers for s in (layer.keys, layer.values)])
+    return *states, batch.sharer_alignment[0][0] >= 0
+
+
+@pytest.mark.parametrize("name", ["single_layer=1", "layers=0,2"])
+def test_layer_subsets(name: str) -> None:
+    """The gates of the chosen layers are as learned, all others closed."""
+    model, _ = pair()
+    entries = len(model.fuser[0].sources)
+    is_open = [bool(gate) for gate in _open_gates(model, entries)]
+    layers = {"single_layer=1": [1], "layers=0,2": [0, 2]}[name]
+    found, clean, fused = fused_cache(find_control(name))
+    for index, (states, own) in enumerate(zip(found, clean, strict=True)):
+        layer, kind = divmod(index, 2)
+        changed = not torch.allclose(states[:, fused], own[:, fused], atol=1e-4)
+        # Unfused positions and layers differ by rounding alone: their prefill is another chunk.
+        assert changed == (layer in layers and is_open[kind * (entries // 2) + layer])
+
+
+def _open_gates(model, entries: int) -> torch.Tensor:
+    gates = torch.zeros(entries)
+    for group in model.fuser[0].groups:
+        gates[group.entries] = group.gate.gate_logit.detach()
+    return gates > 0
+
+
+@pytest.mark.parametrize("name", ["all_gates_open", "fuse_only", "project_only"])
+@torch.no_grad()
+def test_parts_of_the_fuser(name: str) -> None:
+    """Entry by entry against the naive projector; afterwards all is as it was."""
+    model, processor = pair()
+    found, clean, fused = fused_cache(find_control(name))
+    batch = C2CAnswerer(model, processor).tokenize(QUERIES[:1], strip=True)
+    fuser, alignment = model.fuser[0], batch.sharer_alignment[0][0]
+    sharer_states = SharerCache.prefill(model.sharers[0], batch.sharer_input_ids[0]).entries()
+    for entry, (source,) in enumerate(fuser.sources):
+        group, row = fuser.locate(entry)
+        kind, layer = divmod(entry, fuser.num_layers)
+        own, changed = clean[2 * layer + kind], found[2 * layer + kind]
+        for position in fused.nonzero().flatten().tolist():
+            before = own[:, position].flatten()
+            shared = sharer_states[source][0, :, alignment[position]].flatten()
+            projection, weight = projection_and_weight(fuser, entry, shared, before)
+            weighted = (projection.unflatten(0, (len(weight), -1)) * weight[:, None]).flatten()
+            expected = {
+                "all_gates_open": before + weighted,
+                "fuse_only": before + projection,
+                "project_only": projection,
+            }[name]
+            torch.testing.assert_close(changed[:, position].flatten(), expected, atol=1e-4, rtol=1e-4)
+        assert bool(_open_gates(model, 2 * fuser.num_layers)[entry]) == bool(group.gate.gate_logit[row] > 0)
+    again = C2CAnswerer(model, processor)
+    torch.testing.assert_close(
+        [score.logprob for score in again.score(QUERIES[:1], CHOICES[:1])[0]],
+        [score.logprob for score in C2CAnswerer(*pair()).score(QUERIES[:1], CHOICES[:1])[0]],
+    )
+
+
+def projection_and_weight(fuser, entry: int, shared: torch.Tensor, own: torch.Tensor):
+    """Projection and dynamic weights behind an open gate."""
+    hidden, _ = hidden_and_weight(fuser, entry, shared, own)
+    group, row = fuser.locate(entry)
+    part = group.projector
+    weight = linear(
+        feed_forward(hidden, part.weight_ffn, row), part.weight_proj.weight[row], part.weight_proj.bias[row]
+    )
+    for block in part.feature_ffns:
+        hidden = feed_forward(hidden, block, row)
+    return linear(hidden, part.out_proj.weight[row], part.out_proj.bias[row]), weight.sigmoid()
+
+
+def test_names_with_parameters() -> None:
+    assert parse_layers("0,4-6,2") == [0, 4, 5, 6, 2]
+    model, processor = pair(sharers=2)
+    with pytest.raises(ValueError, match="'project_only' needs a single sharer"):
+        build_methods(["project_only"], model, processor)
+    assert find_control("receiver") is None and find_control("few_shot=3") is None
+
+
+EXAMPLES = ["Question: Is it blue?\nAnswer: The sky", "Question: Who?\nAnswer: the keeper", "Question: No?\nAnswer: x"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_oracle_enrichment(name: str) -> None:
+    """Against a prefill of examples and question, of whose cache the question's slice is kept by hand."""
+    tokenizer = byte_level_tokenizer(chat_template=None)
+    receiver = tiny_model(name, 0, len(tokenizer))
+    oracle = build_oracle(receiver, tokenizer, 2)
+    queries = [Query(prompt, examples=EXAMPLES) for prompt in PROMPTS]
+    texts = ["\n\n".join(EXAMPLES[:2]) + "\n\n" + prompt for prompt in PROMPTS]
+    plain = ModelAnswerer(receiver, tokenizer)
+    scores, unlike = oracle.score(queries, CHOICES), plain.score(queries, CHOICES)
+    few_shot = ModelAnswerer(receiver, tokenizer, num_examples=2).score(queries, CHOICES)
+    for index, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        ids, long = (torch.tensor(tokenizer(t)["input_ids"]) for t in (prompt, text))
+        shift = len(long) - len(ids)
+        assert torch.equal(long[shift:], ids)
+        whole, kept = DynamicCache(), DynamicCache()
+        read(receiver, long[:-1], whole)
+        for layer_idx, layer in enumerate(whole.layers):
+            keys, values = layer.keys[:, :, shift:], layer.values[:, :, shift:]
+            if name == "llama" and keys.shape[2]:
+                moved = [turned(receiver, keys[0, :, i], -shift) for i in range(keys.shape[2])]
+                keys = torch.stack(moved, 1)[None]
+            kept.update(keys, values, layer_idx)
+        choice = torch.tensor(tokenizer(prompt + CHOICES[index][0])["input_ids"][len(ids) :])
+        logits = read(receiver, torch.cat([ids[-1:], choice[:-1]]), kept)
+        expected = logits.log_softmax(-1).gather(1, choice[:, None]).sum()
+        assert scores[index][0].logprob == pytest.approx(expected.item(), abs=1e-3)
+        in_prompt = plain.score([Query(text)], [CHOICES[index]])[0][0].logprob
+        assert few_shot[index][0].logprob == pytest.approx(in_prompt, abs=1e-3)
+    assert any(a[0].logprob != pytest.approx(b[0].logprob, abs=0.05) for a, b in zip(scores, unlike, strict=True))
+    with pytest.raises(ValueError, match="`examples` must hold other questions"):
+        oracle.score([Query(PROMPTS[0])], CHOICES[:1])
+    assert len(oracle.generate(queries, 3)) == len(queries)
 
 
 def test_mismatched_prefills_the_other_question() -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import randomize_fuser
 from evaluation_for_tests import NEEDS, choice_rows, data_dir, pair, save_fuser, write_rows  # noqa: F401
 
@@ -27,7 +28,10 @@ from c2c_hf.evaluation.methods.registry import METHODS, build_methods  # noqa: E
 from c2c_hf.evaluation.run_records import RunFolder  # noqa: E402
 from c2c_hf.evaluation.tasks.task import Item, load_tasks  # noqa: E402
 
-ALL = [name for name in METHODS if name not in ("receiver_with_adapter", "receiver_as_sharer", "same_text_fusion")]
+#: Values of the parameters in the methods' names.
+VALUES = {"<k>": "2", "<l>": "1", "<list>": "0,2", "<share>": "0.4"}
+NEED_MORE = ("receiver_with_adapter", "receiver_as_sharer", "same_text_fusion", "swapped_pair", "two_sharers")
+ALL = [re.sub("<.*>", lambda match: VALUES[match[0]], name) for name in METHODS if name not in NEED_MORE]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +52,14 @@ def test_a_run_leaves_evidence(fuser: Path, data_dir: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     shown = {(result["task"], result["method"]) for result in metrics["results"]}
-    assert shown == {(task, method) for task in ("arc_easy", "ceval_letter") for method in ALL}
+    # The best layers are chosen among all.
+    every_layer = {f"single_layer={layer}" for layer in range(3)}
+    assert shown == {(task, method) for task in ("arc_easy", "ceval_letter") for method in {*ALL, *every_layer}}
     for result in metrics["results"]:
         assert result["interval"][0] <= result["value"] <= result["interval"][1]
         assert result["num_items"] == {"arc_easy": 6, "ceval_letter": 4}[result["task"]]
         assert result["num_failed"] == 0
-        assert re.search(rf"{result['task']} +{result['method']} ", printed)
+        assert re.search(rf"{result['task']} +{re.escape(result['method'])} ", printed)
     assert [gain["task"] for gain in metrics["pairing_gain"]] == ["arc_easy", "ceval_letter"]
     assert metrics["seed"] == 0
     assert metrics["versions"]["transformers"]
@@ -214,6 +220,15 @@ def test_folders_of_another_run(data_dir: Path, tmp_path: Path) -> None:  # noqa
         (["--methods", "telepathy"], r"`methods` must be among \['receiver'.*but got \['telepathy'\]"),
         (["--methods", "receiver_with_adapter"], "'receiver_with_adapter' needs `adapter`"),
         (["--methods", "receiver_as_sharer"], "'receiver_as_sharer' needs `self_fuser`"),
+        (["--methods", "swapped_pair"], "'swapped_pair' needs `swapped_fuser`"),
+        (["--methods", "two_sharers"], "'two_sharers' needs `two_sharer_fuser`"),
+        (["--methods", "few_shot"], r"but got \['few_shot'\]"),
+        (["--methods", "few_shot=0"], "'few_shot=0' must end with a number above 0 up to 16"),
+        (["--methods", "oracle_enrichment=x"], "'oracle_enrichment=x' must end with a number above 0"),
+        (["--methods", "best_layers=4"], "'best_layers=4' must end with a number above 0 up to 3"),
+        (["--methods", "single_layer=3"], "'single_layer=3' must name receiver layers from 0 to 2"),
+        (["--methods", "layers=0,x"], r"'layers=0,x' has no parameter of the right kind \(invalid literal"),
+        (["--methods", "last=1.5"], r"'last=1.5' has no parameter of the right kind \(`share` must be in"),
         (["--tasks", "openbookqa"], r"`data_dir` has no file '.*openbookqa/test.jsonl'"),
     ],
 )
@@ -234,6 +249,25 @@ def test_a_memory_fuser_needs_contexts(data_dir: Path, tmp_path: Path) -> None: 
     model, processor = pair(mode="memory")
     with pytest.raises(ValueError, match=r"`tasks`: \['arc_easy'\] have no contexts"):
         evaluate(model, processor, tmp_path / "run", ["arc_easy"], ["c2c"], data_dir)
+
+
+def test_taught_facts_name_the_mismatched_question(tmp_path: Path) -> None:
+    """The control prefills the same question about another person, and records say whether that fact is named."""
+    model, processor = pair()
+    methods, tasks = ["receiver", "c2c", "mismatched"], ["taught_facts", "taught_facts_generate"]
+    metrics = evaluate(model, processor, tmp_path / "run", tasks, methods, limit=4, chat=False)
+    assert [gain["task"] for gain in metrics["pairing_gain"]] == tasks
+    shown = {(row["task"], row["method"], row["metric"]) for row in metrics["results"]}
+    assert {(task, method, "mismatched_answer") for task in tasks for method in methods} <= shown
+    assert "answer of the mismatched question" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    (task,) = load_tasks(tasks[:1], limit=4)
+    scores = {(record["method"], record["id"]): record for record in predictions(tmp_path / "run")}
+    for item in task.items:
+        other = task.mismatched_items()[item.id]
+        assert other.prompt == item.doc["mismatched_question"] != item.prompt
+        record = scores["mismatched", item.id]
+        assert record["mismatched"] == (record["prediction"] == item.doc["mismatched_answer"])
+        assert record["scores"] != scores["c2c", item.id]["scores"]
 
 
 def test_contexts_are_prefilled_where_a_method_says_so(tmp_path: Path) -> None:
@@ -266,10 +300,56 @@ def test_contexts_are_prefilled_where_a_method_says_so(tmp_path: Path) -> None:
         assert scores["fusion_off"][item.id] == pytest.approx(scores["receiver"][item.id], abs=1e-4)
     for name in ("receiver_with_context", "c2c", "same_text_fusion", "mismatched", "zero"):
         assert scores[name] != scores["receiver"]
-    with pytest.raises(ValueError, match="'closed_gates' needs gates"):
-        evaluate(model, processor, tmp_path / "other", ["private_facts"], ["closed_gates"], limit=5)
+    for name in ("closed_gates", "all_gates_open", "single_layer=1", "best_layers=1", "fuse_only", "project_only"):
+        with pytest.raises(ValueError, match=f"'{'single_layer=0' if 'best' in name else name}' needs gates"):
+            evaluate(model, processor, tmp_path / "other", ["private_facts"], [name], limit=5)
     with pytest.raises(ValueError, match="'same_text_fusion' needs `fusion_fuser`"):
         evaluate(model, processor, tmp_path / "other", ["private_facts"], ["same_text_fusion"], limit=5)
+
+
+def test_best_layers_are_chosen_on_other_items(data_dir: Path) -> None:  # noqa: F811
+    model, processor = pair()
+    output = data_dir.parent / "run"
+    evaluate(model, processor, output, ["arc_easy"], ["best_layers=2"], data_dir)
+    evaluate(model, processor, output, ["arc_easy"], ["layers=0,1", "layers=0,2", "layers=1-2"], data_dir)
+    records = predictions(output)
+    scores = {(r["method"], r["id"]): r["scores"] for r in records}
+
+    def quality(layer: int, item: str) -> float:
+        record = next(r for r in records if (r["method"], r["id"]) == (f"single_layer={layer}", item))
+        means = [score / count for score, count in zip(record["scores"], record["num_tokens"], strict=True)]
+        return torch.tensor(means).softmax(0)[record["answer"]].item()
+
+    (task,) = load_tasks(["arc_easy"], str(data_dir))
+    items = [item.id for item in sorted(task.items, key=lambda item: item.seed(0))]
+    names = {(0, 1): "layers=0,1", (0, 2): "layers=0,2", (1, 2): "layers=1-2"}
+    for half, others in ((items[:3], items[3:]), (items[3:], items[:3])):
+        best = sorted(range(3), key=lambda layer: -sum(quality(layer, item) for item in others))[:2]
+        for item in half:
+            assert scores["best_layers=2", item] == pytest.approx(scores[names[tuple(sorted(best))], item], abs=1e-4)
+
+
+def test_other_fusers(data_dir: Path) -> None:  # noqa: F811
+    """A pair the other way round, and one with a second sharer."""
+    model, processor = pair()
+    swapped = C2CForCausalLM.from_receiver_and_sharers(
+        model.sharers[0], model.receiver, fuser_hidden_size=8, fuser_intermediate_size=8
+    )
+    other = (randomize_fuser(swapped, 4), C2CProcessor(processor.sharer_tokenizers[0], processor.tokenizer))
+    output, methods = data_dir.parent / "run", ["receiver", "sharer", "c2c", "swapped_pair", "two_sharers"]
+    evaluate(
+        *(model, processor, output, ["arc_easy"], methods, data_dir),
+        swapped_fuser=other,
+        two_sharer_fuser=pair(sharers=2),
+    )
+    scores = {(r["method"], r["id"]): r["scores"] for r in predictions(output)}
+    for method in ("swapped_pair", "two_sharers"):
+        for base in ("receiver", "sharer", "c2c"):
+            assert any(scores[method, f"q{i}"] != pytest.approx(scores[base, f"q{i}"], abs=1e-2) for i in range(6))
+    with pytest.raises(ValueError, match="the receiver of the fuser for 'swapped_pair' is not the first sharer"):
+        build_methods(["swapped_pair"], model, processor, swapped_fuser=(model, processor))
+    with pytest.raises(ValueError, match="'two_sharers' needs a fuser with several sharers"):
+        build_methods(["two_sharers"], model, processor, two_sharer_fuser=(model, processor))
 
 
 def test_lists(capsys: pytest.CaptureFixture) -> None:

@@ -168,6 +168,14 @@ def test_a_fuser_that_needs_no_processor_generates_with_hf(data_dir: Path, tmp_p
     assert answers["c2c"] != [sample["filtered_resps"] for sample in receiver]
 
 
+def test_the_type_hf_is_refused_for_a_fuser(fuser: Path, capsys: pytest.CaptureFixture) -> None:
+    """It would score a continuation without saying where the prompt ends."""
+    for words in (["--model", "hf"], ["--model", "hf-auto"], []):
+        arguments = [*words, "--model_args", f"pretrained={fuser}", "--tasks", "c2c_arc_easy"]
+        assert main(["lm-eval", *arguments]) == 1
+        assert "which is a fuser: it does not say where a prompt ends" in capsys.readouterr().err
+
+
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "c2c_hf.evaluation.lm_eval_model", None)
     assert main(["lm-eval", "--help"]) == 1

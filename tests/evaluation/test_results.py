@@ -58,6 +58,13 @@ def test_strict_accuracy_is_a_result_of_its_own() -> None:
     assert all(result["num_items"] == 4 for result in results)
 
 
+def test_answers_of_the_mismatched_question() -> None:
+    answered = [*records("c2c", [1, 0], mismatched=0), *records("mismatched", [0, 0], mismatched=1)]
+    results = compute_results(answered, ["c2c", "mismatched"])["results"]
+    named = {result["method"]: result["value"] for result in results if result["metric"] == "mismatched_answer"}
+    assert named == {"c2c": 0.0, "mismatched": 1.0}
+
+
 def test_pairing_gain_is_taken_over_the_same_items() -> None:
     answered = [*records("c2c", [1, 1, 1, 0]), *records("mismatched", [0, 1])]
     (gain,) = compute_results(answered, ["c2c", "mismatched"])["pairing_gain"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_tiny_model
-from evaluation_for_tests import NEEDS, data_dir  # noqa: F401
+from evaluation_for_tests import NEEDS, choice_rows, data_dir, save_fuser, write_rows  # noqa: F401
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf.cli.main import main
@@ -67,6 +67,36 @@ def test_fit_and_document_qa(
     assert (tmp_path / "document.cache.safetensors").is_file()
     assert "The sharer prefilled" in first and "The sharer prefilled" not in second
     assert first.split(")\n")[-1] == second.split(")\n")[-1]
+
+
+def test_domain_transfer(tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row a domain, from the rows of its subjects."""
+    pytest.importorskip("lm_eval", reason=NEEDS)
+    fuser = save_fuser(tmp_path, "fuser")
+    subjects = ["anatomy", "professional_law", "machine_learning", "astronomy"]
+    rows = [{**row, "subject": subjects[index % 4]} for index, row in enumerate(choice_rows(12))]
+    write_rows(tmp_path / "data" / "mmlu_redux" / "test.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    printed = run("domain_transfer.py", fuser, "--data-dir", tmp_path / "data")
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in rows] == [["| medicine", "3"], ["| law", "3"], ["| computing", "3"]]
+
+
+def test_knowledge(pair: tuple[str, str], tmp_path: Path, run: Callable[..., str]) -> None:
+    """Teach, train with the LoRA and the self control, test; called again it trains nothing and prints the same."""
+    receiver, sharer = pair
+    command = [tmp_path, "--receiver", receiver, "--sharer", sharer, "--dtype", "float32"]
+    command += ["--people", "210", "--train-people", "204", "--controls"]
+    command += ["--teach-passes", "1", "--teach-batch-size", "210", "--steps", "2", "--batch-size", "4"]
+    command += ["--hidden-size", "8", "--limit", "4", "--layer-alignment", "learned"]
+    first, second = (run("knowledge.py", *command) for _ in range(2))
+    rows = [line.split(" | ")[0].strip("| ") for line in first.splitlines() if line.startswith("|")]
+    assert rows[0] == "4 questions, % right"
+    methods = ["receiver", "sharer", "c2c", "mismatched", "shuffled", "zero", "receiver_with_adapter"]
+    assert rows[2:] == [*methods, "receiver_as_sharer", "c2c, untaught sharer"]
+    assert (tmp_path / "taught" / "model.safetensors").is_file()
+    assert second.splitlines()[-len(rows) :] == first.splitlines()[-len(rows) :]
+    assert "train_runtime" not in second
 
 
 def test_passage_data(tmp_path: Path, run: Callable[..., str]) -> None:

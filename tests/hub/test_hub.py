@@ -10,8 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-from hub_client_for_tests import TEXTS, Failure, HubClient, answers, change_receiver, publish_pair, push, write_card
+from hub_client_for_tests import (
+    TEXTS,
+    Failure,
+    HubClient,
+    answers,
+    change_receiver,
+    publish_pair,
+    push,
+    train_and_push,
+    write_card,
+)
 from hub_server_for_tests import TOKEN, Fault, HubServer
+from huggingface_hub import ModelCard
 
 import c2c_hf
 from c2c_hf.checkpoints.remote_code import CODE_FILES
@@ -280,3 +291,17 @@ def test_licenses_are_read_off_the_cards(client: HubClient, hub: HubServer) -> N
     client(push, "me/license", license=None)
     assert b"license: gemma\n" in hub.files("me/license")["README.md"]
     assert hub.files("me/license")["NOTICE"].startswith(b"Gemma is provided under and subject to")
+
+
+def test_the_trainer_publishes_with_a_card_of_the_run(client: HubClient, tmp_path: Path) -> None:
+    outcome = client(train_and_push, str(tmp_path), "me/trained")
+    assert not isinstance(outcome, Failure), outcome
+    card, files = outcome
+    assert set(files) - FIRST == FILES, "neither checkpoints nor the run's record"
+    data = ModelCard(card).data.to_dict()
+    assert data["tags"] == ["cache-to-cache", "c2c", "generated_from_trainer", "tiny"]
+    assert data["datasets"] == ["me/chats"]
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"][0]["type"] == "loss"
+    assert "| `steps` | 1 |" in card
+    assert_same(client(answers, "me/trained", revision="trained"), client(answers))

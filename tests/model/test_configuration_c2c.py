@@ -111,6 +111,8 @@ def test_layer_mapping(receiver: int, sharer: int, alignment: str, expected: lis
         ({"fuser_type": "mlp"}, "`fuser_type` must be one of"),
         ({"fuser_type": "c2c_complex", "mode": "memory"}, r"\['fuser_type'\] need `mode='fusion'`"),
         ({"unrotate_keys": True, "mode": "memory"}, r"\['unrotate_keys'\] need `mode='fusion'`"),
+        ({"fuser_type": "c2c_shared", "layer_alignment": "learned"}, "does not go with `fuser_type='c2c_shared'`"),
+        ({"shared_num_layers": 0}, "`shared_num_layers` must be an integer of at least 1"),
         ({"unrotate_keys": 1}, "`unrotate_keys` must be True or False, but got 1"),
         ({"joint_keys_values": None}, "`joint_keys_values` must be True or False"),
         ({"fusion_source_layers": 0}, "`fusion_source_layers` must be an integer of at least 1"),

@@ -19,6 +19,13 @@ from c2c_hf.checkpoints.receiver_adapter import add_adapter
 FUSERS: dict[str, dict[str, Any]] = {
     "fusion": {},
     "memory": {"mode": "memory"},
+    "shared": {
+        "fuser_type": "c2c_shared",
+        "shared_hidden_size": 12,
+        "shared_num_layers": 2,
+        "layer_alignment": "depth_normalized",
+        "unrotate_keys": True,
+    },
     "complex": {
         "fuser_type": "c2c_complex",
         "layer_alignment": "learned",

@@ -50,6 +50,15 @@ FUSERS = {
     "joint": {"joint_keys_values": True},
     "unrotated": {"unrotate_keys": True},
     "several-layers": {"layer_alignment": "learned", "fusion_source_layers": 2},
+    "shared": {"fuser_type": "c2c_shared", "shared_hidden_size": 10, "shared_num_layers": 4},
+    "shared-joint": {
+        "fuser_type": "c2c_shared",
+        "shared_hidden_size": 10,
+        "shared_num_layers": 2,
+        "joint_keys_values": True,
+        "unrotate_keys": True,
+        "layer_alignment": "depth_normalized",
+    },
     "all-of-it": {
         "fuser_type": "c2c_complex",
         "joint_keys_values": True,

@@ -20,6 +20,9 @@ def test_arguments_check_themselves(tmp_path: Path) -> None:
         ("distillation_weight", float("nan"), "`distillation_weight` must be at least 0, but got nan"),
         ("mismatched_rate", 0.0, r"`mismatched_rate` must be in \(0, 1\], but got 0.0"),
         ("max_length", 1, "`max_length` must be at least 2, but got 1"),
+        ("answer_format", "word", "`answer_format` must be one of .*'word'"),
+        ("question_template", "{question}", "`question_template` must contain {choices}"),
+        ("dataset_num_proc", 0, "`dataset_num_proc` must be at least 1, but got 0"),
         ("remove_unused_columns", True, "`remove_unused_columns` must be False"),
     ):
         with pytest.raises(ValueError, match=message):

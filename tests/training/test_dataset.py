@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from training_for_tests import CHATS, PROCESSOR, chat_rows, make_processor, write_rows
 
-from c2c_hf import C2CDataCollator, C2CProcessor
+from c2c_hf import C2CDataCollator, C2CProcessor, C2CTrainingArguments
 from c2c_hf.training.dataset import load_rows, prepare_dataset
 from c2c_hf.training.recipe import DataArguments
 
@@ -104,6 +104,21 @@ def test_prompt_and_completion() -> None:
     assert texts(example)[0].startswith("<|im_start|>user\nThe capital")
 
 
+def test_prompt_and_completion_of_messages() -> None:
+    """As in TRL: only answers of the completion are learned."""
+    (chat,) = (chat for chat in CHATS if len(chat) == 4)
+    rows = Dataset.from_list([{"prompt": chat[:3], "completion": chat[3:]}])
+    (example,) = prepare_dataset(rows, PROCESSOR)
+    assert texts(example) == texts(prepare_dataset(chat_rows([chat]), PROCESSOR)[1])
+
+
+def test_examples_are_returned_as_they_are() -> None:
+    examples = prepare_dataset(chat_rows(), PROCESSOR)
+    assert prepare_dataset(examples, PROCESSOR) is examples
+    streamed = prepare_dataset(chat_rows().to_iterable_dataset(), PROCESSOR)
+    assert list(prepare_dataset(streamed, PROCESSOR)) == list(examples)
+
+
 def test_plain_chats() -> None:
     processor = make_processor(receiver_template=False)
     example = prepare_dataset(chat_rows(), processor)[1]
@@ -156,7 +171,7 @@ def test_several_files_are_joined(tmp_path: Path, streaming: bool) -> None:
         write_rows(tmp_path / "choices.jsonl.gz", [CHOICES] * 3),
     ]
     arguments = DataArguments(files, eval_data=files[1:], max_train_rows=2, streaming=streaming)
-    train, evaluation = arguments.load(PROCESSOR, 128)
+    train, evaluation = arguments.load(PROCESSOR, C2CTrainingArguments(max_length=128, use_cpu=True))
     assert sorted(texts(e)[1] for e in train)[0] == "B<|im_end|>"
     assert len(list(train)) == 3 + 2, "two chats with three answers, two questions"
     assert evaluation is not None and len(evaluation) == 3
@@ -219,11 +234,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 def test_arguments_check_themselves() -> None:
-    with pytest.raises(ValueError, match="`answer_format` must be one of .*'word'"):
-        DataArguments(answer_format="word")
-    with pytest.raises(ValueError, match="`question_template` must contain {choices}"):
-        DataArguments(question_template="{question}")
     with pytest.raises(ValueError, match="`max_train_rows` must be at least 1, but got 0"):
         DataArguments(max_train_rows=0)
     with pytest.raises(ValueError, match="`train_data` must name"):
-        DataArguments().load(PROCESSOR, 10)
+        DataArguments().load(PROCESSOR, C2CTrainingArguments(use_cpu=True))

@@ -111,7 +111,7 @@ def test_invalid_adapters_are_rejected(tmp_path: Path) -> None:
     weights = tmp_path / "saved" / ADAPTER_FOLDER / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file(dict(list(tensors.items())[1:]), weights)
-    with pytest.raises(ValueError, match="does not fit the receiver: 1 weights missing"):
+    with pytest.raises(ValueError, match="does not fit the base model: 1 weights missing"):
         reload(tmp_path / "saved")
     weights.write_bytes(b"pickle")
     with pytest.raises(ValueError, match="truncated or no safetensors"):

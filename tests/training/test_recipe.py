@@ -14,7 +14,8 @@ from training_for_tests import CHATS, PROCESSOR, QUESTIONS, base_models, save_pa
 from c2c_hf import C2CForCausalLM
 from c2c_hf.checkpoints.receiver_adapter import ADAPTER_FOLDER, has_adapter
 from c2c_hf.cli.main import main
-from c2c_hf.training.recipe import ModelArguments, parse_recipe
+from c2c_hf.hub.training_run import TrainingRun
+from c2c_hf.training.recipe import DataArguments, ModelArguments, parse_recipe
 
 
 @pytest.fixture
@@ -44,6 +45,8 @@ def test_command_line(tmp_path: Path, saved_pair: tuple[str, str], capsys: pytes
     assert model.config.sharers[0].fuser_hidden_size == 8
     assert type(PROCESSOR).from_pretrained(output)("hello")["input_ids"].shape[0] == 1
     assert json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["max_steps"] == 2
+    run = TrainingRun.load(output)
+    assert run is not None and (run.training["max_length"], run.datasets) == (128, [])
     for resume in ("auto", "true", str(output / "checkpoint-2")):
         assert main([*words, "--max_steps", "3", "--resume_from_checkpoint", resume]) == 0
         assert (output / "checkpoint-3").is_dir()
@@ -79,7 +82,8 @@ def test_fields_and_overrides(tmp_path: Path) -> None:
     model, data, arguments = parse_recipe(path, [*words, "--output_dir", str(tmp_path)])
     assert isinstance(model, ModelArguments) and model.demo_pair
     assert data.train_data == ["b.jsonl", "c.jsonl"] and data.streaming
-    assert data.chat_template_kwargs == {"enable_thinking": False}
+    assert DataArguments(["a.jsonl", "me/chats", "b.json.gz"]).hub_ids() == ["me/chats"]
+    assert arguments.chat_template_kwargs == {"enable_thinking": False}
     assert (arguments.learning_rate, arguments.max_steps, arguments.gate_noise) == (1e-3, 20, "none")
     assert not arguments.bf16 and arguments.weight_decay == 0.01
     for content, message in (
@@ -183,12 +187,12 @@ def test_memory_recipe_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "--min_prefix_length",
         "5",
     ]
-    _, arguments, _ = parse_recipe(recipe, words)
-    train_data, _ = arguments.load(processor, 240)
+    _, data_arguments, arguments = parse_recipe(recipe, words)
+    train_data, _ = data_arguments.load(processor, arguments)
     kinds = train_data["is_continuation"]
     assert set(kinds) == {True, False} and len(kinds) >= 8, "of five texts one is left out"
-    _, arguments, _ = parse_recipe(recipe, [*words, "--train_weights", "1", "9"])
-    kinds = arguments.load(processor, 240)[0]["is_continuation"]
+    _, data_arguments, arguments = parse_recipe(recipe, [*words, "--train_weights", "1", "9"])
+    kinds = data_arguments.load(processor, arguments)[0]["is_continuation"]
     assert sum(kinds) > 3 * (len(kinds) - sum(kinds)), "nine times as many continuations, repeated"
     assert main(["train", str(recipe), *words, "--max_steps", "2", "--logging_steps", "1"]) == 0
     assert "Saved the fuser" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from training_for_tests import (
     make_processor,
     make_trainer,
 )
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from c2c_hf import C2CDataCollator, C2CForCausalLM, C2CTrainer, C2CTrainingArguments
@@ -249,19 +249,97 @@ def test_trainer_checks_its_arguments(tmp_path: Path) -> None:
     assert C2CTrainer(make_model(), args, C2CDataCollator(PROCESSOR)).processing_class is None
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": QUESTIONS[0]},
-        {"prompt": "Where?", "completion": "Here."},
-        {"question": "Where?", "choices": ["a", "b"], "answer": 1},
+#: Rows of every kind that fusion takes.
+RAW_ROWS = {
+    "messages": [{"messages": chat} for chat in QUESTIONS[:4]],
+    "conversations": [
+        {
+            "conversations": [
+                {"from": "human", "value": chat[0]["content"]},
+                {"from": "gpt", "value": chat[1]["content"]},
+            ]
+        }
+        for chat in QUESTIONS[:4]
     ],
-    ids=["messages", "prompt", "choices"],
-)
-def test_raw_rows_are_refused(row: dict, tmp_path: Path) -> None:
-    args, rows = C2CTrainingArguments(output_dir=str(tmp_path), use_cpu=True), Dataset.from_list([row])
-    for datasets in ({"train_dataset": rows}, {"eval_dataset": rows}, {"eval_dataset": {"a": rows}}):
-        with pytest.raises(ValueError, match="training takes tokenized examples; pass `prepare_dataset"):
-            C2CTrainer(make_model(), args, processing_class=make_processor(), **datasets)
+    "choices": [{"question": f"Where are {n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(4)],
+    "prompt": [{"prompt": f"Where are {n}?", "completion": "Here."} for n in range(4)],
+    "sharer_context": [{"prompt": "Who?", "completion": "I.", "sharer_context": word} for word in WORDS[:4]],
+    "context": [{"context": word, "question": "Who?", "answers": ["I."]} for word in WORDS[:4]],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+@pytest.mark.parametrize("kind", RAW_ROWS)
+def test_raw_rows_are_tokenized(kind: str, streaming: bool, tmp_path: Path) -> None:
+    rows = Dataset.from_list(RAW_ROWS[kind])
+    args = C2CTrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=1, save_strategy="no", logging_steps=1, report_to="none", max_length=60
+    )
+    model, processor = make_model(), make_processor()
+    given = rows.to_iterable_dataset() if streaming else rows
+    if kind == "context" and streaming:
+        with pytest.raises(ValueError, match="`train_dataset`: questions on passages cannot be streamed"):
+            C2CTrainer(model, args, train_dataset=given, processing_class=processor)
+        return
+    trainer = C2CTrainer(model, args, None, given, {"a": given}, processor)
+    expected = prepare_dataset(rows, processor, max_length=60)
+    assert list(trainer.train_dataset) == list(trainer.eval_dataset["a"]) == list(expected)
+    trainer.train()
+    assert math.isfinite(logged_losses(trainer)[0])
+    loss = trainer.evaluate(expected)["eval_loss"]
+    assert trainer.evaluate()["eval_a_loss"] == trainer.evaluate({"b": given})["eval_b_loss"] == pytest.approx(loss)
+    output = trainer.predict(given)
+    assert output.predictions.shape[:2] == output.label_ids.shape
+    assert output.metrics["test_loss"] == pytest.approx(loss)
+
+
+def test_texts_are_tokenized_in_memory_mode(tmp_path: Path) -> None:
+    model, processor = memory_pair(same=False)
+    args = C2CTrainingArguments(
+        str(tmp_path), use_cpu=True, continuation_length=4, min_prefix_length=3, max_prefix_length=8, seed=1
+    )
+    rows = Dataset.from_list([{"text": " ".join(WORDS[i : i + 12])} for i in range(3)])
+    trainer = C2CTrainer(model, args, train_dataset=rows, processing_class=processor)
+    lengths = {"continuation_length": 4, "min_prefix_length": 3, "max_prefix_length": 8, "seed": 1}
+    assert list(trainer.train_dataset) == list(prepare_dataset(rows, processor, **lengths))
+    assert all(trainer.train_dataset["is_continuation"])
+
+
+def test_several_processes_tokenize(tmp_path: Path) -> None:
+    args = C2CTrainingArguments(str(tmp_path), use_cpu=True, dataset_num_proc=2)
+    trainer = C2CTrainer(make_model(), args, train_dataset=chat_rows(QUESTIONS), processing_class=make_processor())
+    assert list(trainer.train_dataset) == list(prepare_dataset(chat_rows(QUESTIONS), make_processor()))
+
+
+def test_data_that_cannot_be_tokenized(tmp_path: Path) -> None:
+    args, collator = C2CTrainingArguments(str(tmp_path), use_cpu=True), C2CDataCollator(make_processor())
+    model, rows = make_model(), Dataset.from_list([{"body": "hello"}])
+    message = r"{} has the columns \['body'\], but needs `messages`"
+    for name, datasets in (
+        ("`train_dataset`", {"train_dataset": rows}),
+        ("`eval_dataset`", {"eval_dataset": rows}),
+        (r"`eval_dataset`\['a'\]", {"eval_dataset": {"a": rows}}),
+    ):
+        with pytest.raises(ValueError, match=message.format(name)):
+            C2CTrainer(model, args, collator, **datasets)
+    trainer = C2CTrainer(model, args, collator)
+    for evaluate in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=message.format("`(eval|test)_dataset`")):
+            evaluate(rows)
+    bad = Dataset.from_list([{"prompt": "hello", "completion": " "}])
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: `completion` must be a text that is not empty"):
+        C2CTrainer(model, args, collator, train_dataset=bad)
     with pytest.raises(ValueError, match="`remove_unused_columns=False` to a Trainer that is not `C2CTrainer`"):
-        C2CDataCollator(make_processor())([{"input_ids": [1]}])
+        collator([{"input_ids": [1]}])
+
+
+def test_the_trainer_of_transformers(tmp_path: Path) -> None:
+    """With this package's collator, and examples that keep their columns."""
+    processor = make_processor()
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=1, logging_steps=1, report_to="none", remove_unused_columns=False
+    )
+    examples = prepare_dataset(chat_rows(QUESTIONS), processor)
+    trainer = Trainer(make_model(), args, C2CDataCollator(processor), examples)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])

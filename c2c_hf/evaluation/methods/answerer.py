@@ -22,6 +22,9 @@ from ...checkpoints.receiver_adapter import adapter_disabled
 from ...inference.loglikelihood import scores_after
 from ...inference.probe import check_length, model_position_ids
 
+#: Largest number of other items that a query brings as examples.
+MAX_EXAMPLES = 16
+
 #: Plain text, or a conversation, which each model's own chat template renders.
 Prompt: TypeAlias = str | Sequence[Message]
 
@@ -38,6 +41,7 @@ class Query:
         question: The bare question, for methods that ask a sharer about it first.
         context: A text that the question is about, for sharers and methods that prefill it; may be empty.
         mismatched_context: Another question's context.
+        examples: Other questions with their answers, at most `MAX_EXAMPLES`.
         max_answer_tokens: Where continuations are whole answers, each is scored up to this number of tokens, and a
             shorter one with the end-of-sequence token. `None`: continuations are scored as they are.
     """
@@ -49,11 +53,28 @@ class Query:
     question: str = ""
     context: str = ""
     mismatched_context: str = ""
+    examples: Sequence[str] = ()
     max_answer_tokens: int | None = None
 
     def with_context_in_prompt(self) -> "Query":
         """Return the query with its context at the beginning of its prompt."""
         return replace(self, prompt=prepend_text(f"{self.context}\n\n", self.prompt)) if self.context else self
+
+    def examples_text(self, count: int) -> str:
+        """Return the first `count` examples as one text, without the blank line that ends it.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if not self.examples:
+            raise ValueError(
+                "`examples` must hold other questions with their answers, but the task has no other item."
+            )
+        return "\n\n".join(self.examples[:count])
+
+    def with_examples_in_prompt(self, count: int) -> "Query":
+        """Return the query with `count` examples at the beginning of its prompt."""
+        return replace(self, prompt=prepend_text(f"{self.examples_text(count)}\n\n", self.prompt)) if count else self
 
 
 def prepend_text(text: str, prompt: Prompt) -> Prompt:
@@ -332,12 +353,14 @@ class ModelAnswerer(Answerer):
         base_tokenizer: Its tokenizer.
         with_adapter: Whether a PEFT adapter that the model has is enabled.
         with_context: Whether the prompt begins with the query's context.
+        num_examples: With how many of the query's examples it begins.
     """
 
     base_model: PreTrainedModel
     base_tokenizer: PreTrainedTokenizerBase
     with_adapter: bool = False
     with_context: bool = False
+    num_examples: int = 0
 
     @property
     def model(self) -> PreTrainedModel:
@@ -359,6 +382,7 @@ class ModelAnswerer(Answerer):
         rows = []
         for query in queries:
             query = query.with_context_in_prompt() if self.with_context else query
+            query = query.with_examples_in_prompt(self.num_examples)
             plain = isinstance(query.prompt, str) or not self.tokenizer.chat_template
             text = self._render(query)
             text = text.rstrip() if plain and strip else text

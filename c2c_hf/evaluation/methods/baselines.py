@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...inference.text_to_text import (
+    BACKGROUND_BEGINNING,
+    background_prefix,
+    background_prompt,
+    background_request,
+)
 from ..run_records import Record
 from .answerer import Answerer, ContinuationScore, GeneratedAnswer, Method, Query, Seconds, prepend_text
-
-_REQUEST = (
-    "Write one sentence of background knowledge that helps to answer the question. Do not answer it.\n\n"
-    "Question: {question}"
-)
-# The sentence is begun, since a base model would start with a new line or a list.
-_BEGINNING = "It helps to know that"
 
 
 @dataclass
@@ -71,7 +70,7 @@ class TextToText(Method):
         backgrounds = self._last[1]
         extended = [
             Query(
-                prepend_text(f"Background: {_BEGINNING} {background.text.strip()}\n\n", query.prompt),
+                prepend_text(background_prefix(background.text), query.prompt),
                 max_answer_tokens=query.max_answer_tokens,
             )
             for query, background in zip(queries, backgrounds, strict=True)
@@ -80,11 +79,11 @@ class TextToText(Method):
 
     @staticmethod
     def _request(query: Query) -> Query:
-        request = _REQUEST.format(question=query.question)
         if isinstance(query.prompt, str):
-            return Query(f"{request}\nBackground: {_BEGINNING}", context=query.context)
-        begun = {"role": "assistant", "content": _BEGINNING}
-        return Query([{"role": "user", "content": request}, begun], continues=True, context=query.context)
+            return Query(background_prompt(query.question), context=query.context)
+        request = {"role": "user", "content": background_request(query.question)}
+        begun = {"role": "assistant", "content": BACKGROUND_BEGINNING}
+        return Query([request, begun], continues=True, context=query.context)
 
     def _add_seconds(self) -> None:
         background, answer = self.sharer.seconds, self.receiver.seconds

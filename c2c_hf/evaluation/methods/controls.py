@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import torch
 
+from ...fusers.c2c import C2CFuser
+from ...inference.inputs import rescale_alignment
 from ...inference.sharer_cache import SharerCache
 from ...modeling_c2c import C2CForCausalLM
 from .answerer import PromptBatch
@@ -21,6 +23,21 @@ class Control:
     needs_mismatched = False
     #: Whether the sharers run at all.
     uses_sharers = True
+    #: Whether it changes the fuser of fusion mode, which memory mode does not have.
+    needs_fusion_mode = False
+
+    def check(self, name: str, model: C2CForCausalLM) -> None:
+        """Refuse a model that it cannot be applied to.
+
+        Args:
+            name: Of the method, for the error.
+            model: The C2C model.
+
+        Raises:
+            ValueError: The control needs gates, and the model has none.
+        """
+        if self.needs_fusion_mode and model.config.mode == "memory":
+            raise ValueError(f"`methods`: {name!r} needs gates, which a memory fuser does not have.")
 
     def change_inputs(self, batch: PromptBatch, mismatched: PromptBatch | None, seeds: Sequence[int]) -> PromptBatch:
         """Change the sharers' tokens or the alignment.
@@ -72,22 +89,129 @@ class FusionOff(Control):
             yield
 
 
-class ClosedGates(Control):
-    """All gates are closed: the fusion path runs, and must change nothing."""
+def _gated_fusers(model: C2CForCausalLM) -> list[C2CFuser]:
+    return [fuser for fuser in model.fuser if isinstance(fuser, C2CFuser)]
+
+
+class ChangedGates(Control):
+    """The gates' logits are others for the time that the model runs."""
+
+    needs_fusion_mode = True
+
+    def change_gates(self, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits of some gates.
+
+        Args:
+            layers: `(num_gates,)`, the receiver layer of each.
+            logits: `(num_gates,)`, the learned ones.
+        """
+        raise NotImplementedError
 
     @contextmanager
     def applied(self, model: C2CForCausalLM) -> Iterator[None]:
-        """Close the gates, and restore their logits afterwards."""
-        logits = [parameter for name, parameter in model.named_parameters() if "gate_logit" in name]
-        learned = [parameter.detach().clone() for parameter in logits]
+        """Change the gates, and restore their logits afterwards."""
+        learned: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
-            for parameter in logits:
-                parameter.fill_(-1.0)
+            for fuser in _gated_fusers(model):
+                for group in fuser.groups:
+                    logits: torch.Tensor = group.gate.gate_logit
+                    learned.append((logits, logits.clone()))
+                    layers = torch.tensor(group.entries, device=logits.device) % fuser.num_layers
+                    logits.copy_(self.change_gates(layers, logits))
             try:
                 yield
             finally:
-                for parameter, values in zip(logits, learned, strict=True):
-                    parameter.copy_(values)
+                for logits, values in learned:
+                    logits.copy_(values)
+
+
+class ClosedGates(ChangedGates):
+    """All gates are closed: the fusion path runs, and must change nothing."""
+
+    def change_gates(self, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return -1 for every gate."""
+        return torch.full_like(logits, -1.0)
+
+
+class OpenGates(ChangedGates):
+    """All gates are open, also those that training has closed."""
+
+    def change_gates(self, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return 1 for every gate."""
+        return torch.ones_like(logits)
+
+
+class LayerSubset(ChangedGates):
+    """Only some receiver layers are fused; their gates are as learned.
+
+    Args:
+        layers: Indices of the receiver's layers.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = sorted(set(layers))
+
+    def check(self, name: str, model: C2CForCausalLM) -> None:
+        """Refuse layers that the receiver does not have.
+
+        Raises:
+            ValueError: There is one.
+        """
+        super().check(name, model)
+        num_layers = len(model.config.receiver_layer_shapes or [])
+        if not self.layers or self.layers[-1] >= num_layers or self.layers[0] < 0:
+            raise ValueError(f"`methods`: {name!r} must name receiver layers from 0 to {num_layers - 1}.")
+
+    def change_gates(self, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return -1 for the gates of other layers."""
+        kept = torch.isin(layers, torch.tensor(self.layers, device=layers.device))
+        return torch.where(kept, logits, -1.0)
+
+
+class FuseOnly(OpenGates):
+    """The projection is added as it is: no dynamic weights, all gates open (arXiv 2510.03215, table 8)."""
+
+    @contextmanager
+    def applied(self, model: C2CForCausalLM) -> Iterator[None]:
+        """Set the dynamic weights to 1 for the time that the model runs."""
+        modules = {group.projector for fuser in _gated_fusers(model) for group in fuser.groups}
+        hooks = [
+            # The sigmoid of infinity is 1.
+            projector.weight_proj.register_forward_hook(lambda _, inputs, logits: torch.full_like(logits, torch.inf))
+            for projector in modules
+        ]
+        hooks += [projector.register_forward_hook(self._change) for projector in modules]
+        try:
+            with super().applied(model):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _change(
+        self, projector: torch.nn.Module, inputs: tuple[torch.Tensor, ...], projection: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the change of the receiver's states for a projection."""
+        return projection
+
+
+class ProjectOnly(FuseOnly):
+    """The projection replaces the receiver's states: no residual, no gates (arXiv 2510.03215, table 8)."""
+
+    def check(self, name: str, model: C2CForCausalLM) -> None:
+        """Refuse several sharers, of which each would replace the states.
+
+        Raises:
+            ValueError: There are several.
+        """
+        super().check(name, model)
+        if model.config.num_sharers > 1:
+            raise ValueError(f"`methods`: {name!r} needs a single sharer, whose projection replaces the states.")
+
+    def _change(
+        self, projector: torch.nn.Module, inputs: tuple[torch.Tensor, ...], projection: torch.Tensor
+    ) -> torch.Tensor:
+        return projection - inputs[1]
 
 
 class MismatchedSharer(Control):
@@ -112,15 +236,10 @@ class MismatchedSharer(Control):
         """
         if mismatched is None:
             raise ValueError("`mismatched` must hold another question for each row, but got None.")
-        alignments = []
-        for alignment, mask, other_mask in zip(
-            batch.sharer_alignment, batch.sharer_attention_mask, mismatched.sharer_attention_mask, strict=True
-        ):
-            # Padding is on the left.
-            start, other_start = (m.shape[1] - m.sum(1, keepdim=True) for m in (mask, other_mask))
-            scale = (other_mask.sum(1, keepdim=True) - 1) / (mask.sum(1, keepdim=True) - 1).clamp_min(1)
-            scaled = other_start + ((alignment - start) * scale).round().long()
-            alignments.append(torch.where(alignment < 0, -1, scaled))
+        masks = zip(batch.sharer_attention_mask, mismatched.sharer_attention_mask, strict=True)
+        alignments = [
+            rescale_alignment(alignment, *both) for alignment, both in zip(batch.sharer_alignment, masks, strict=True)
+        ]
         return replace(
             batch,
             sharer_input_ids=mismatched.sharer_input_ids,
@@ -192,5 +311,8 @@ CONTROLS: dict[str, Control] = {
     "zero": ZeroStates(),
     "noise": NoiseStates(),
     "closed_gates": ClosedGates(),
+    "all_gates_open": OpenGates(),
+    "fuse_only": FuseOnly(),
+    "project_only": ProjectOnly(),
     "fusion_off": FusionOff(),
 }

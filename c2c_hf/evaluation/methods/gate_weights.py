@@ -1,7 +1,8 @@
 """Mean gate weight per question: how much of the fuser's change reaches the receiver's states."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,20 +23,21 @@ def record_gate_weights(fusers: Sequence[C2CFuser], alignments: Sequence[torch.T
         from 0 to 1, over the fused tokens, all layers' keys and values, and their heads; 0 where nothing is fused.
     """
     sums: dict[int, torch.Tensor] = {}
+    #: The fuser that runs: several may have the same projectors.
+    running = 0
 
-    def add_to(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
-            # Entries whose gate is closed are not computed: their weight is 0.
-            weights = torch.sigmoid(logits.float()).sum((0, 2))
-            sums[index] = sums[index] + weights if index in sums else weights
+    def start(index: int, module: nn.Module, inputs: object) -> None:
+        nonlocal running
+        running = index
 
-        return add
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
+        # Entries whose gate is closed are not computed: their weight is 0.
+        weights = torch.sigmoid(logits.float()).sum((0, 2))
+        sums[running] = sums[running] + weights if running in sums else weights
 
-    hooks = [
-        group.projector.weight_proj.register_forward_hook(add_to(index))
-        for index, fuser in enumerate(fusers)
-        for group in fuser.groups
-    ]
+    hooks = [fuser.register_forward_pre_hook(partial(start, index)) for index, fuser in enumerate(fusers)]
+    layers = {group.projector.weight_proj for fuser in fusers for group in fuser.groups}
+    hooks += [layer.register_forward_hook(add) for layer in layers]
     means: list[float] = []
     try:
         yield means

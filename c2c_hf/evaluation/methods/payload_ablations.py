@@ -8,7 +8,7 @@ import torch
 
 from ..._compat import CACHE_ARGUMENT
 from ...inference.prefill import full_length_cache
-from ...inference.sharer_cache import SharerCache
+from ...inference.sharer_cache import SharerCache, round_states
 from ...modeling_c2c import C2CForCausalLM
 from .answerer import PromptBatch
 from .controls import Control
@@ -20,9 +20,14 @@ class PositionSubset(Control):
     Args:
         which: The first ones, the last ones, or those whose values fusion changes most, in norm over all layers.
         share: In (0, 1].
+
+    Raises:
+        ValueError: `share` is out of range.
     """
 
     def __init__(self, which: Literal["first", "last", "most_changed"], share: float) -> None:
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"`share` must be in (0, 1], but got {share!r}")
         self.which, self.share = which, share
 
     def select_positions(self, model: C2CForCausalLM, batch: PromptBatch) -> PromptBatch:
@@ -64,10 +69,8 @@ class QuantizedStates(Control):
             sharer_cache: The sharer's cache of the prompts.
             seeds: Not used.
         """
-        largest = 2 ** (self.bits - 1) - 1
         for states in sharer_cache.entries():
-            scale = states.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
-            states.copy_(((states.float() / scale).round() * scale).to(states.dtype))
+            states.copy_(round_states(states, self.bits))
 
 
 @torch.no_grad()

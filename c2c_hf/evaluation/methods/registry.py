@@ -1,6 +1,6 @@
 """Methods by name, and how each is built from a C2C model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ...checkpoints.receiver_adapter import ADAPTER_FOLDER, add_adapter, has_adapter
 from ...modeling_c2c import C2CForCausalLM
 from ...processing_c2c import C2CProcessor
-from .answerer import Answerer, Method, ModelAnswerer
+from .answerer import MAX_EXAMPLES, Answerer, Method, ModelAnswerer
 from .baselines import TextToText
 from .c2c_answerer import C2CAnswerer, SharerPrefills
-from .controls import CONTROLS
-from .payload_ablations import PAYLOAD_ABLATIONS
+from .controls import CONTROLS, Control, LayerSubset
+from .oracle_enrichment import build_oracle
+from .payload_ablations import PAYLOAD_ABLATIONS, PositionSubset
 
 #: A fuser with its base models, and its processor.
 ModelWithProcessor: TypeAlias = tuple[C2CForCausalLM, C2CProcessor]
@@ -30,7 +31,17 @@ METHODS = {
     "same_text_fusion": "C2C by another fuser with mode='fusion', whose sharers also see the context",
     "receiver_as_sharer": "C2C by another fuser, whose sharer is the receiver itself",
     "fusion_off": "C2C with fusion switched off: the receiver, with the adapter if the fuser brings one",
+    "swapped_pair": "C2C by another fuser, whose receiver is the first sharer, and whose sharer is the receiver",
+    "two_sharers": "C2C by another fuser with several sharers",
+    "few_shot=<k>": "the receiver without fusion, k other questions with their answers in its prompt",
+    "oracle_enrichment=<k>": "the receiver, the question's states taken from behind k other questions and answers",
     "closed_gates": "C2C with every gate closed: equals the receiver up to rounding",
+    "all_gates_open": "C2C with every gate open, also those that training has closed",
+    "fuse_only": "C2C without gates and dynamic weights: the projection is added as it is",
+    "project_only": "C2C without gates, dynamic weights and residual: the projection replaces the receiver's states",
+    "single_layer=<l>": "C2C, but only receiver layer l is fused",
+    "layers=<list>": "C2C, but only these receiver layers are fused, such as layers=0,4-7",
+    "best_layers=<k>": "C2C, but only the k receiver layers are fused that alone do best on other items",
     "mismatched": "C2C, but the sharers prefill another question, or another one's context",
     "shuffled": "C2C, but the sharers' positions are assigned in random order",
     "zero": "C2C, but the sharers' states are zero",
@@ -39,15 +50,90 @@ METHODS = {
     "first_half": "C2C, but only the first half of the positions is fused",
     "last_quarter": "C2C, but only the last quarter of the positions is fused",
     "last_half": "C2C, but only the last half of the positions is fused",
+    "first=<share>": "C2C, but only this share of the positions is fused, from the front, such as first=0.1",
+    "last=<share>": "the same from the back",
+    "most_changed=<share>": "the same of those whose values change most",
     "most_changed_quarter": "C2C, but only the quarter of the positions is fused whose values change most",
     "most_changed_half": "C2C, but only the half of the positions is fused whose values change most",
     "int8_states": "C2C, but the sharers' states are rounded to 8 bits",
     "int4_states": "C2C, but the sharers' states are rounded to 4 bits",
 }
+#: Controls with a parameter, which stands behind the name and `=`.
+PARAMETERIZED: dict[str, Callable[[str], Control]] = {
+    "single_layer": lambda value: LayerSubset([int(value)]),
+    "layers": lambda value: LayerSubset(parse_layers(value)),
+    "first": lambda value: PositionSubset("first", float(value)),
+    "last": lambda value: PositionSubset("last", float(value)),
+    "most_changed": lambda value: PositionSubset("most_changed", float(value)),
+}
 #: Those that do not depend on the fuser; a method of one of several sharers has its number behind its name.
 FUSER_FREE_METHODS = ("receiver", "receiver_with_context", "sharer", "text_to_text")
 #: Computed from other methods' records, see [`~baselines.route_queries`].
 DERIVED_METHODS = ("routing",)
+#: Built after other methods have answered, see [`~best_layers.answer_best_layers`].
+BEST_LAYERS = "best_layers"
+#: Those that show other items of the task to the receiver.
+_WITH_EXAMPLES = ("few_shot", "oracle_enrichment")
+
+
+def parse_layers(text: str) -> list[int]:
+    """Parse layer indices and ranges such as `0,4-7`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return a method's name without its parameter, and the parameter; empty where it has none."""
+    base, _, value = name.partition("=")
+    return base, value
+
+
+def describe_method(name: str) -> str:
+    """Return the description of a method, whatever its parameter; of one of several sharers that of `sharer`."""
+    base, value = split_name(name)
+    with_parameter = (text for key, text in METHODS.items() if value and key.startswith(f"{base}=<"))
+    return METHODS.get(name) or next(with_parameter, METHODS["sharer"])
+
+
+def find_control(name: str) -> Control | None:
+    """Return the control of a method; `None` for one without.
+
+    Raises:
+        ValueError: The parameter in the name has no meaning.
+    """
+    fixed = {**CONTROLS, **PAYLOAD_ABLATIONS}
+    base, value = split_name(name)
+    if name in fixed or base not in PARAMETERIZED:
+        return fixed.get(name)
+    try:
+        return PARAMETERIZED[base](value)
+    except ValueError as error:
+        raise ValueError(f"`methods`: {name!r} has no parameter of the right kind ({error}).") from error
+
+
+def number_of(name: str, largest: int | None = None) -> int:
+    """Return the number behind a method's name.
+
+    Raises:
+        ValueError: It is no number, or out of range.
+    """
+    value = split_name(name)[1]
+    if not value.isdecimal() or not 0 < int(value) <= (largest or int(value)):
+        limit = "" if largest is None else f" up to {largest}"
+        raise ValueError(f"`methods`: {name!r} must end with a number above 0{limit}.")
+    return int(value)
+
+
+def uses_examples(name: str) -> bool:
+    """Say whether a method shows other items of the task to the receiver."""
+    return split_name(name)[0] in _WITH_EXAMPLES
 
 
 def build_methods(
@@ -59,11 +145,13 @@ def build_methods(
     chat_template_kwargs: dict[str, Any] | None = None,
     background_tokens: int = 256,
     fusion_fuser: ModelWithProcessor | None = None,
+    swapped_fuser: ModelWithProcessor | None = None,
+    two_sharer_fuser: ModelWithProcessor | None = None,
 ) -> dict[str, Method]:
     """Build methods; with several sharers `sharer` becomes `sharer_0`, `sharer_1`, ...
 
     Args:
-        names: Of `METHODS`, without `DERIVED_METHODS`.
+        names: Of `METHODS`, without `DERIVED_METHODS` and `best_layers`; parameters in place of `<...>`.
         model: The C2C model.
         processor: Its processor.
         adapter: Folder or Hub id of a LoRA adapter for the receiver, or folder of a fuser that brings one, for
@@ -72,27 +160,32 @@ def build_methods(
         chat_template_kwargs: Arguments of every chat template.
         background_tokens: Maximum length of the background of `text_to_text`.
         fusion_fuser: A fuser with `mode="fusion"`, for `same_text_fusion`.
+        swapped_fuser: A fuser whose receiver is the first sharer, for `swapped_pair`.
+        two_sharer_fuser: A fuser with several sharers, for `two_sharers`.
 
     Raises:
         ValueError: A name is unknown, or what its method needs is missing.
     """
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"`methods` must be among {list(METHODS)}, but got {unknown}.")
-    if "closed_gates" in names and model.config.mode == "memory":
-        raise ValueError("`methods`: 'closed_gates' needs gates, which a memory fuser does not have.")
+    check_names(names)
+    other_fusers = {
+        "same_text_fusion": ("fusion_fuser", "with `mode='fusion'`", fusion_fuser),
+        "receiver_as_sharer": ("self_fuser", "whose sharer is the receiver", self_fuser),
+        "swapped_pair": ("swapped_fuser", "whose receiver is the first sharer", swapped_fuser),
+        "two_sharers": ("two_sharer_fuser", "with several sharers", two_sharer_fuser),
+    }
     receiver = ModelAnswerer(model.receiver, processor.tokenizer)
     sharers = [
         ModelAnswerer(sharer, tokenizer, with_context=True)
         for sharer, tokenizer in zip(model.sharers, processor.sharer_tokenizers, strict=True)
     ]
-    controls = {**CONTROLS, **PAYLOAD_ABLATIONS}
     methods: dict[str, Method] = {}
     prefills = SharerPrefills()
     for name in names:
-        if name in controls:
+        if (control := find_control(name)) is not None:
+            control.check(name, model)
             # A control may change the states in place.
-            shared = None if controls[name].changes_states else prefills
-            methods[name] = C2CAnswerer(model, processor, controls[name], shared)
+            shared = None if control.changes_states else prefills
+            methods[name] = C2CAnswerer(model, processor, control, shared)
         elif name == "receiver":
             methods[name] = receiver
         elif name == "receiver_with_context":
@@ -109,18 +202,42 @@ def build_methods(
             methods.update({name if one else f"{name}_{i}": sharer for i, sharer in enumerate(sharers)})
         elif name == "text_to_text":
             methods[name] = TextToText(sharers[0], receiver, background_tokens)
-        elif name == "same_text_fusion":
-            if fusion_fuser is None:
-                raise ValueError(f"`methods`: {name!r} needs `fusion_fuser`, a fuser with `mode='fusion'`.")
-            methods[name] = C2CAnswerer(*fusion_fuser)
-        elif name == "receiver_as_sharer":
-            if self_fuser is None:
-                raise ValueError(f"`methods`: {name!r} needs `self_fuser`, a fuser whose sharer is the receiver.")
-            methods[name] = C2CAnswerer(*self_fuser)
+        elif split_name(name)[0] == "few_shot":
+            count = number_of(name, MAX_EXAMPLES)
+            methods[name] = ModelAnswerer(model.receiver, processor.tokenizer, num_examples=count)
+        elif split_name(name)[0] == "oracle_enrichment":
+            methods[name] = build_oracle(model.receiver, processor.tokenizer, number_of(name, MAX_EXAMPLES))
+        elif name in other_fusers:
+            argument, kind, fuser = other_fusers[name]
+            if fuser is None:
+                raise ValueError(f"`methods`: {name!r} needs `{argument}`, a fuser {kind}.")
+            _check_other_fuser(name, model, fuser[0])
+            methods[name] = C2CAnswerer(*fuser)
     for method in (receiver, *sharers, *methods.values()):
         if isinstance(method, Answerer):
             method.chat_template_kwargs = chat_template_kwargs or {}
     return methods
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of methods that are not there.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    keys = {key.partition("<")[0] for key in METHODS}
+    if unknown := [name for name in names if name.partition("=")[0] + "=" * ("=" in name) not in keys]:
+        raise ValueError(f"`methods` must be among {list(METHODS)}, but got {unknown}.")
+
+
+def _check_other_fuser(name: str, model: C2CForCausalLM, other: C2CForCausalLM) -> None:
+    """Compare another fuser's base models with those of the model, where both are recorded."""
+    if name == "two_sharers" and other.config.num_sharers < 2:
+        raise ValueError(f"`methods`: {name!r} needs a fuser with several sharers, but it has one.")
+    expected = model.config.sharers[0] if name == "swapped_pair" else None
+    found = other.config.receiver_fingerprint
+    if expected is not None and None not in (expected.fingerprint, found) and expected.fingerprint != found:
+        raise ValueError(f"`methods`: the receiver of the fuser for {name!r} is not the first sharer of this one.")
 
 
 def _adapted(receiver: PreTrainedModel, adapter: str) -> PreTrainedModel:

@@ -13,19 +13,23 @@ from huggingface_hub import hf_hub_download
 
 from .private_facts import private_facts
 from .private_notes import private_notes
+from .taught_facts import taught_facts, taught_facts_generate
 
 #: A row of a benchmark, as JSON: `id`, `question`, and `choices` with `answer` (an index) or `answers`.
 Row: TypeAlias = dict[str, Any]
 
 LETTERS = "ABCDEFGHIJ"
-#: Data sets that are generated: made-up facts in two wordings.
-_GENERATED: dict[str, Callable[[int, int], list[Row]]] = {
-    "private_facts": private_facts,
-    "private_notes": private_notes,
-}
-#: Number of their rows for each of `_PRIVATE_SEEDS`.
+#: Number of rows for each seed of a data set that is generated.
 NUM_PRIVATE_FACTS = 500
-_PRIVATE_SEEDS = (0, 1, 2)
+#: Data sets that are generated, made-up facts all of them: how, their seeds, and `"choice"` or `"open"`.
+_GENERATED: dict[str, tuple[Callable[[int, int], list[Row]], tuple[int, ...], str]] = {
+    "private_facts": (private_facts, (0, 1, 2), "choice"),
+    "private_notes": (private_notes, (0, 1, 2), "choice"),
+    "taught_facts": (taught_facts, (0,), "choice"),
+    "taught_facts_generate": (taught_facts_generate, (0,), "open"),
+}
+#: What rows may have: the question that a mismatched sharer prefills, and its answer as that of the row itself.
+_MISMATCHED = ("mismatched_question", "mismatched_answer")
 #: What every row of a data set must have.
 _COLUMNS = {"choice": ("id", "question", "choices", "answer"), "open": ("id", "question", "answers")}
 
@@ -118,14 +122,16 @@ def load(dataset: str, data_dir: str | None = None, **_: Any) -> DatasetDict:
 
     Returns:
         One split, `"test"`, of rows with `id`, `question`, `subject`, `context` (a text that the question is about;
-        empty where there is none), and `choices` (a list) with `answer` (an index) or `answers` (a list).
+        empty where there is none), and `choices` (a list) with `answer` (an index) or `answers` (a list). Where the
+        data say which question a mismatched sharer prefills, also `mismatched_question` and `mismatched_answer`.
 
     Raises:
         FileNotFoundError: The folder has no such file.
         ValueError: A line is not JSON, or lacks a column.
     """
     if dataset in _GENERATED:
-        return _as_split(_generated_rows(_GENERATED[dataset]), "choice")
+        generate, seeds, kind = _GENERATED[dataset]
+        return _as_split(_generated_rows(generate, seeds), kind)
     source = SOURCES[dataset]
     rows = _from_hub(source) if data_dir is None else _from_folder(dataset, source, Path(data_dir))
     # MMLU-Redux marks items without a right choice.
@@ -134,13 +140,13 @@ def load(dataset: str, data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def _as_split(rows: list[Row], kind: str) -> DatasetDict:
-    columns = ["subject", "context", *_COLUMNS[kind]]
+    columns = ["subject", "context", *_COLUMNS[kind], *(name for name in _MISMATCHED if rows and name in rows[0])]
     return DatasetDict({"test": Dataset.from_list([{name: row.get(name, "") for name in columns} for row in rows])})
 
 
-def _generated_rows(generate: Callable[[int, int], list[Row]]) -> list[Row]:
-    made = ((seed, row) for seed in _PRIVATE_SEEDS for row in generate(NUM_PRIVATE_FACTS, seed))
-    return [{**row, "context": row["sharer_context"], "subject": f"seed {seed}"} for seed, row in made]
+def _generated_rows(generate: Callable[[int, int], list[Row]], seeds: Sequence[int]) -> list[Row]:
+    made = ((seed, row) for seed in seeds for row in generate(NUM_PRIVATE_FACTS, seed))
+    return [{"subject": f"seed {seed}", **row, "context": row.get("sharer_context", "")} for seed, row in made]
 
 
 def _from_hub(source: Source) -> list[Row]:

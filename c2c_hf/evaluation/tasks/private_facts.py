@@ -18,13 +18,13 @@ SPLITS = ("train", "test")
 
 
 @cache
-def _words() -> dict[str, dict[str, Any]]:
-    """Load the words of each split.
+def known_words(split: str) -> dict[str, Any]:
+    """Load the words of a split.
 
     `first_names`, `last_names` and per kind `values` are separated by spaces. `wordings` are pairs of a statement that
     ends with the value, and a question whose answer begins as the statement does: even a small model can complete it.
     """
-    return json.loads(files(__package__).joinpath("private_facts.json").read_text(encoding="utf-8"))
+    return json.loads(files(__package__).joinpath("private_facts.json").read_text(encoding="utf-8"))[split]
 
 
 def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def private_facts(count: int, seed: int = 0, split: str = "test") -> list[dict[s
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {list(SPLITS)}, but got {split!r}.")
     # Text seeds are hashed the same way in every process.
-    rng, words = random.Random(f"{split}-{seed}"), _words()[split]
+    rng, words = random.Random(f"{split}-{seed}"), known_words(split)
     firsts, lasts = words["first_names"].split(), words["last_names"].split()
     values = {kind: own.split() for kind, own in words["values"].items()}
     rows = []

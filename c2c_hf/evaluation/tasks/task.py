@@ -4,7 +4,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ class Item:
         doc: The row behind it.
         context: A text that the question is about, for sharers and for methods that prefill it; empty where the task
             has none.
+        mismatched_prompt: What a mismatched sharer prefills, where the data say so; else empty, and it is that of
+            another item.
     """
 
     id: str
@@ -47,10 +49,17 @@ class Item:
     answer: int | str
     doc: Row
     context: str = ""
+    mismatched_prompt: str = ""
 
     def seed(self, seed: int) -> int:
         """Return a seed of this item's own, derived from the run's."""
         return int.from_bytes(hashlib.sha256(f"{seed}/{self.id}".encode()).digest()[:4], "big")
+
+    def right_answer(self) -> str:
+        """Return the right continuation of the prompt, with its delimiter."""
+        if isinstance(self.answer, int) and self.choices:
+            return self.choices[self.answer]
+        return f" {self.doc['answers'][0] if 'answers' in self.doc else self.answer}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class EvaluationTask:
     max_new_tokens: int = 64
 
     def mismatched_items(self) -> dict[str, Item]:
-        """Return for each item's id another item of similar length, for the mismatched-sharer control.
+        """Return for each item's id another item, for the mismatched-sharer control: of similar length, or its own.
 
         Raises:
             ValueError: There are fewer than two different prompts.
@@ -81,12 +90,27 @@ class EvaluationTask:
         mismatched = {}
         for place, item in enumerate(ordered):
             others = (ordered[(place + step) % len(ordered)] for step in range(1, len(ordered)))
+            if item.mismatched_prompt:
+                mismatched[item.id] = replace(item, prompt=item.mismatched_prompt)
+                continue
             # A benchmark may hold the same question twice.
             other = next((other for other in others if _differs(other, item)), None)
             if other is None:
                 raise ValueError(f"`tasks`: {self.name!r} needs at least two different questions for this control.")
             mismatched[item.id] = other
         return mismatched
+
+    def examples(self, item: Item, seed: int, count: int) -> tuple[str, ...]:
+        """Return other items' prompts with their answers, drawn at random for each item.
+
+        Args:
+            item: The item that they are for.
+            seed: Of the run.
+            count: Their number; fewer where the task has fewer items.
+        """
+        others = [other for other in self.items if other.prompt != item.prompt]
+        drawn = random.Random(item.seed(seed)).sample(others, min(count, len(others)))
+        return tuple(other.prompt + other.right_answer() for other in drawn)
 
 
 def _differs(other: Item, item: Item) -> bool:
@@ -147,6 +171,7 @@ def _load_task(manager: "TaskManager", name: str, limit: int | None, seed: int) 
     items = []
     for index in indices:
         doc = docs[index]
+        other = {"context": "", "question": doc.get("mismatched_question", "")}
         choices = [task.config.target_delimiter + choice for choice in task.doc_to_choice(doc)] if compares else []
         items.append(
             Item(
@@ -160,6 +185,7 @@ def _load_task(manager: "TaskManager", name: str, limit: int | None, seed: int) 
                 answer=task.doc_to_target(doc),
                 doc=doc,
                 context=doc["context"],
+                mismatched_prompt=task.doc_to_text({**doc, **other}).lstrip() if other["question"] else "",
             )
         )
     if compares:

@@ -1,0 +1,1 @@
+"""What a fuser does: the states it gets and makes, the tokenizers it joins, and what a transmitted cache reveals."""

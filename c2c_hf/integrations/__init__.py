@@ -1,0 +1,1 @@
+"""Classes by which other libraries' own interfaces use a C2C model."""
