@@ -15,10 +15,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .._compat import CACHE_ARGUMENT
-from ..fusers.c2c import C2CFuser
+from ..fusers.c2c import C2CFuser, FuserPart
 from ..fusers.grouped_linear import GroupedLinear
 from ..inference.fusion import TokenStates
-from ..inference.prefill import cached_states, full_length_cache, position_ids_from_mask, prefill
+from ..inference.prefill import LayerStates, cached_states, full_length_cache, position_ids_from_mask, prefill
 from ..inference.sharer_cache import SharerCache, prefill_sharer
 from ..modeling_c2c import C2CForCausalLM
 from ..training.sharer_cache_store import SharerCacheStore
@@ -98,6 +98,27 @@ def benchmark_prefill(model: C2CForCausalLM, length: int, batch_size: int, round
     )
 
 
+def fuser_inputs(
+    model: C2CForCausalLM, sharer_cache: SharerCache, states: LayerStates, num_tokens: int
+) -> list[tuple[FuserPart, torch.Tensor, torch.Tensor]]:
+    """Gather what the first sharer's fuser takes: its parts, each with the sharer's and the receiver's states.
+
+    Args:
+        model: The pair.
+        sharer_cache: The sharer's cache.
+        states: The receiver's states.
+        num_tokens: Number of first tokens of every row that are fused, each with the sharer's at the same position.
+    """
+    fuser, batch_size = cast(C2CFuser, model.fuser[0]), states[0][0].shape[0]
+    rows, places = torch.arange(batch_size).repeat_interleave(num_tokens), torch.arange(num_tokens).repeat(batch_size)
+    sharer_tokens = TokenStates(sharer_cache.entries(), rows, places)
+    receiver_tokens = TokenStates([keys for keys, _ in states] + [values for _, values in states], rows, places)
+    return [
+        (part, sharer_tokens.gather_joined(part.sources), receiver_tokens.gather(part.entries))
+        for part in fuser.parts(len(receiver_tokens), model.receiver.dtype)
+    ]
+
+
 class _TokenClock(StoppingCriteria):
     """Records when each token is generated, and never stops."""
 
@@ -157,14 +178,8 @@ def benchmark_training_step(
     cache = full_length_cache()
     prefill(model.receiver, cache, *prompt)
     states = cached_states(cache)
-    rows, places = torch.arange(batch_size).repeat_interleave(head), torch.arange(head).repeat(batch_size)
-    sharer_tokens = TokenStates(_prefill_sharers(model, inputs)[0].entries(), rows, places)
-    receiver_tokens = TokenStates([keys for keys, _ in states] + [values for _, values in states], rows, places)
     c2c_fuser = cast(C2CFuser, model.fuser[0])
-    parts = [
-        (part, sharer_tokens.gather_joined(part.sources), receiver_tokens.gather(part.entries))
-        for part in c2c_fuser.parts(len(receiver_tokens), dtype)
-    ]
+    parts = fuser_inputs(model, _prefill_sharers(model, inputs)[0], states, head)
 
     def step(sharer_caches: list[SharerCache] | None = None) -> None:
         with autocast:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..inference.fusion import TokenStates
 from ..inference.prefill import cached_states, full_length_cache, prefill
 from ..inference.sharer_cache import prefill_sharer
 from ..modeling_c2c import C2CForCausalLM
@@ -18,6 +17,7 @@ from .cases import (
     benchmark_memory,
     benchmark_prefill,
     benchmark_training_step,
+    fuser_inputs,
     open_gates,
     prefill_memory,
     random_prompt,
@@ -146,14 +146,8 @@ def benchmark_fusion(
     prefill(model.receiver, cache, inputs["input_ids"][:, :head], inputs["attention_mask"][:, :head])
     states = cached_states(cache)
     sharer_cache = prefill_sharer(model.sharers[0], inputs["sharer_input_ids"], inputs["sharer_attention_mask"])
-    rows, places = torch.arange(batch_size).repeat_interleave(head), torch.arange(head).repeat(batch_size)
-    sharer_tokens = TokenStates(sharer_cache.entries(), rows, places)
-    receiver_tokens = TokenStates([keys for keys, _ in states] + [values for _, values in states], rows, places)
     fuser: Any = model.fuser[0]
-    parts = [
-        (part, sharer_tokens.gather(part.sources), receiver_tokens.gather(part.entries))
-        for part in fuser.parts(len(receiver_tokens), receiver_tokens.entry(0).dtype)
-    ]
+    parts = fuser_inputs(model, sharer_cache, states, head)
 
     def run(forward: Callable[..., torch.Tensor]) -> None:
         for part in parts:

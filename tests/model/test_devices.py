@@ -55,6 +55,8 @@ def test_no_tensor_is_on_another_device(
 ) -> None:
     # What depends on values: open gates, and padding, by which the plan is made on the CPU.
     monkeypatch.setattr(FuserGroup, "active_entries", lambda group: list(range(len(group.entries))))
+    # There is no autocast on this device, and torch does not say so.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     plan = modeling_c2c.plan_memory_slots
     monkeypatch.setattr(
         modeling_c2c,
@@ -65,8 +67,9 @@ def test_no_tensor_is_on_another_device(
     if mode == "memory":
         model.rotations()
     for base in (model.receiver, *model.sharers):
-        # The other one looks at the values of masks.
+        # The other implementation looks at the values of masks, and a warning at those of ids.
         base.set_attn_implementation("eager")
+        base.config.pad_token_id = None
     place(model, "meta", where)
     inputs = inputs_of(model, "meta")
     if where == "sharers-on-cpu":

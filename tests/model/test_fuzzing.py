@@ -146,6 +146,7 @@ def check_batch(seed: int) -> int:
     return len(rows)
 
 
+@pytest.mark.timeout(1800)
 def test_batches_equal_their_rows(request: pytest.FixtureRequest) -> None:
     seed = request.config.getoption("--fuzz-seed")
     if seed is not None:

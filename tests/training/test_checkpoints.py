@@ -92,7 +92,7 @@ def run_worker(*words: str, processes: int = 1, check: bool = True) -> subproces
     path = os.pathsep.join([str(tests), str(tests.parent)])
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
     command = [sys.executable, *launcher, str(tests / "training_worker_for_tests.py"), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return done
 
