@@ -59,15 +59,15 @@ def bert(package: Path) -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """SentencePiece's Unigram, trained on the package's documentation and code; other characters are unknown to it."""
+    """SentencePiece's Unigram, trained on a little English; other characters are unknown to it."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=4000, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+        vocab_size=1000, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
     )
-    files = [*sorted(ROOT.glob("docs/guides/*.md")), *sorted(ROOT.glob("c2c_hf/inference/*.py"))]
+    files = [ROOT / "LICENSE", *sorted(ROOT.glob("examples/documents/*.txt"))]
     tokenizer.train_from_iterator((path.read_text(encoding="utf-8") for path in files), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 

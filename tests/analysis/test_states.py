@@ -120,7 +120,7 @@ def test_slot_attention(grid: str) -> None:
 
 def test_attention_to_slots_with_the_receivers_own_states() -> None:
     """A fuser of a model onto itself whose map is the identity."""
-    model, processor = memory_pair(same=True, memory_token_embeddings=False)
+    model, processor = memory_pair(same=True, memory_token_embeddings=0)
     with torch.no_grad():
         for layer_idx, memory_map in enumerate(model.fuser[0].maps):
             model.fuser[0].source_layers[layer_idx] = [layer_idx]

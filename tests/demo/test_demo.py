@@ -231,11 +231,11 @@ def test_one_loader_for_shipped_and_saved_fusers(monkeypatch, tmp_path):
     pair = {"receiver": "/pair/receiver", "sharers": "/pair/sharer"}
     assert loaded("memory", dtype="bfloat16") == [
         (folder, {**pair, "dtype": "bfloat16"}),
-        (*pair.values(), ["span"], fields),
+        (*pair.values(), ["span"], {}, [{}], fields),
     ]
     assert loaded("memory", receiver="another") == [
         (folder, {**pair, "receiver": "another"}),
-        ("another", "/pair/sharer", ["span"], fields),
+        ("another", "/pair/sharer", ["span"], {}, [{}], fields),
     ]
     assert loaded("me/fuser", revision="v1", dtype="bfloat16") == [
         ("me/fuser", {"receiver": None, "sharers": None, "revision": "v1", "dtype": "bfloat16"}),

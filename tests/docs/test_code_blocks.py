@@ -187,7 +187,8 @@ def test_commands_exist(command: str, capsys: pytest.CaptureFixture, monkeypatch
         assert named <= set(extras["options.extras_require"])
         return
     else:
-        assert words[0] in ("curl", "echo", "mkdocs", "vllm") or words[:3] == ["python", "-m", "pytest"], command
+        known = ("curl", "echo", "mkdocs", "npm", "vllm")
+        assert words[0] in known or words[:3] == ["python", "-m", "pytest"], command
         return
     for word in words:
         if word.startswith("--"):
