@@ -82,6 +82,8 @@ def test_domain_transfer(tmp_path: Path, run: Callable[..., str], monkeypatch: p
     assert [row[:2] for row in rows] == [["| medicine", "3"], ["| law", "3"], ["| computing", "3"]]
 
 
+# PEFT asks for the name that transformers 5.24 deprecates.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_knowledge(pair: tuple[str, str], tmp_path: Path, run: Callable[..., str]) -> None:
     """Teach, train with the LoRA and the self control, test; called again it trains nothing and prints the same."""
     receiver, sharer = pair
