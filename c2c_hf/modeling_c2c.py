@@ -176,11 +176,10 @@ def run_receiver(
         call["position_ids"] = inputs.position_ids
     keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
     if keeps_some and accepts_argument(receiver, "logits_to_keep"):
-        if isinstance(logits_to_keep, int):
-            logits_to_keep = last_positions(inputs.tokens, logits_to_keep)
         call["logits_to_keep"] = logits_to_keep
         if labels is not None:
-            labels = labels[:, logits_to_keep]
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            labels = labels[:, kept]
     if labels is not None:
         call["labels"] = labels
     return receiver(**call)
@@ -230,7 +229,7 @@ def continue_receiver(
     if tail_length == 0:
         return None
     tail = inputs.columns(tail_start, seq_len)
-    kept = num_kept if num_kept < tail_length else 0
+    kept = last_positions(tail.tokens, num_kept) if num_kept < tail_length else 0
     if tail_mask is None:
         return run_receiver(receiver, tail, cache, None, True, kept, kwargs)
     fused_cache = cache if isinstance(cache, C2CCache) else C2CCache(cache)
@@ -423,6 +422,8 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         elif sharers:
             plan = self._plan_fusion(sharers, inputs, labels, logits_to_keep)
         if plan is None:
+            if sharers and self.config.fuse_response and isinstance(cache, C2CCache):
+                self._prefill_unfused(inputs, cache)
             outputs = run_receiver(self.receiver, inputs, cache, labels, use_cache, logits_to_keep, kwargs)
             if isinstance(cache, C2CCache):
                 cache.record_tokens(input_ids, attention_mask)
@@ -662,6 +663,18 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         recording = RecordingCache(cache.receiver_cache if isinstance(cache, C2CCache) else cache)
         logits = run(cache=recording)
         return recording.recorded, logits
+
+    def _prefill_unfused(self, inputs: ReceiverInputs, cache: C2CCache) -> None:
+        """Keep the receiver's own states of tokens without counterpart, on which response fusion goes on later."""
+        if cached_length(cache) == cached_length(cache.unfused_cache):
+            prefill(
+                self.receiver,
+                cache.keep_unfused(),
+                inputs.input_ids,
+                inputs.attention_mask,
+                inputs.position_ids,
+                inputs_embeds=inputs.inputs_embeds,
+            )
 
     def _prefill_leading_tokens(self, plan: MemoryPlan, inputs: ReceiverInputs) -> ReceiverPrefill:
         """Run the receiver over its tokens before the slots, see [`prefill_leading_tokens`]."""

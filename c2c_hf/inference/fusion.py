@@ -109,7 +109,8 @@ def plan_fusion(
             )
     positions = torch.arange(fused.shape[1])
     ends = torch.where(fused, positions + 1, 0).amax(1)
-    starts = ends if row_starts is None else row_starts.cpu()
+    # Behind the last fused position there is nothing to fuse, whatever the tokens.
+    starts = ends if row_starts is None else torch.minimum(ends, row_starts.cpu())
     return FusionPlan(
         seq_len=fused.shape[1],
         row_starts=starts,

@@ -306,7 +306,9 @@ def _continued_inputs(
     if receiver.attention_mask is not None and receiver.attention_mask.dim() == 2:
         new_mask = receiver.new_mask()
     sharers = []
-    for table, cached in zip(token_tables, cache.sharer_caches, strict=True):
+    # None was prefilled where the prompt has no token of theirs.
+    caches = cache.sharer_caches or [None] * len(token_tables)
+    for table, cached in zip(token_tables, caches, strict=True):
         ids, mask = new_ids, new_mask
         if table is not None:
             ids, mask, _ = apply_token_table(table.to(ids.device), new_ids, new_mask, None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..alignment.padding import pad_token_id
+from ..inference.prefill import last_positions
 from ..inference.sharer_cache import SharerCache
 from ..processing_c2c import C2CProcessor
 from .tokenization import EXAMPLE_COLUMNS, SHARER_COLUMNS
@@ -171,15 +172,24 @@ class TrainingBatch:
             logits_to_keep=1,
         )
 
-    def model_inputs(self, with_labels: bool = False, use_cache: bool = False) -> dict[str, object]:
+    def kept_positions(self) -> torch.Tensor:
+        """Return the positions whose logits are kept, as an index, see [`~inference.prefill.last_positions`]."""
+        return last_positions(self.input_ids, self.logits_to_keep)
+
+    def model_inputs(
+        self, with_labels: bool = False, use_cache: bool = False, fuses: bool = True
+    ) -> dict[str, object]:
         """Return the arguments of the model's `forward`.
 
         Args:
             with_labels: Whether `labels` are among them.
             use_cache: Whether the model returns its cache.
+            fuses: Whether fusion is on. Where it is off, an index says which logits are kept.
         """
         names = ("input_ids", "attention_mask", *SHARER_COLUMNS, "logits_to_keep", "sharer_caches")
         inputs = {name: getattr(self, name) for name in names}
+        if not fuses:
+            inputs["logits_to_keep"] = self.kept_positions()
         return {**inputs, "use_cache": use_cache, "labels": self.labels if with_labels else None}
 
 

@@ -91,7 +91,7 @@ def guard_losses(model: C2CForCausalLM, batch: TrainingBatch) -> torch.Tensor:
         `(num_targets,)`, float32, row by row.
     """
     with torch.no_grad(), model.disable_fusion():
-        receiver_logits = model(**batch.model_inputs()).logits
+        receiver_logits = model(**batch.model_inputs(fuses=False)).logits
     logits = model(**batch.model_inputs(with_labels=model.config.fuse_response)).logits
     return divergences(batch.labels, receiver_logits, logits)
 
@@ -111,7 +111,7 @@ def distillation_losses(model: C2CForCausalLM, batch: TrainingBatch, logits: tor
     """
     inputs = ReceiverInputs(batch.input_ids, None, batch.attention_mask, None).with_positions()
     with torch.no_grad():
-        outputs = run_receiver(model.receiver, inputs, None, None, False, batch.logits_to_keep, {})
+        outputs = run_receiver(model.receiver, inputs, None, None, False, batch.kept_positions(), {})
     return divergences(batch.labels, outputs.logits[:, -batch.logits_to_keep :], logits)
 
 

@@ -333,7 +333,8 @@ class C2CTrainer(CheckpointingTrainer):
             losses, choice = choice_losses(self.model, model, batch)
         else:
             # The model's own loss is a mean. With `fuse_response` the labels say where the answers start.
-            outputs = model(**batch.model_inputs(with_labels=self.model.config.fuse_response))
+            labelled, fuses = self.model.config.fuse_response, self.model.fusion_enabled
+            outputs = model(**batch.model_inputs(with_labels=labelled, fuses=fuses))
             losses = answer_losses(batch.labels, outputs.logits, args.label_smoothing_factor if training else 0.0)
         if training:
             self._check_finite(batch, losses)

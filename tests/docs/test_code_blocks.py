@@ -196,7 +196,7 @@ def test_commands_exist(command: str, capsys: pytest.CaptureFixture, monkeypatch
                 f"{COMMANDS[command]}: {word} is unknown"
             )
         if word.startswith(("examples/", "docs/")):
-            assert (ROOT / word).is_file()
+            assert (ROOT / word).exists()
 
 
 def help_of(words: tuple[str, ...], capsys: pytest.CaptureFixture) -> str:

@@ -363,7 +363,7 @@ def test_memory_of_a_sharer_elsewhere(name: str, tmp_path: Path) -> None:
     path = tmp_path / "fuser" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for damaged, message in (
-        (None, "`load_sharers=False` needs a memory fuser that records"),
+        (None, "`load_sharers=False` needs a fuser that records"),
         ({"kinds": [], "layers": [3]}, "`rotations` of a sharer in the configuration is damaged"),
     ):
         config["sharers"][0]["rotations"] = damaged

@@ -271,3 +271,21 @@ def test_chunked_prefill_is_refused() -> None:
         model.generate(input_ids=random_ids(1, 9), prefill_chunk_size=4)
     with model.disable_fusion():
         model.generate(input_ids=random_ids(1, 9), prefill_chunk_size=4, max_new_tokens=2)
+
+
+def test_response_fusion_of_tokens_without_counterpart() -> None:
+    """Tokens that no sharer has, in the prompt and among the answers, are computed by the receiver in both streams."""
+    config = tiny_c2c("llama", ["gemma3"], fuse_response=True).config
+    config.sharers[0].token_alignment = "first"
+    model = randomize_fuser(C2CForCausalLM._from_config(config), 0)
+    ids = random_ids(1, 6)
+    table = torch.arange(len(model.token_table_0))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    # Every other answer token has no counterpart, nor has all of a prompt.
+    model.token_table_0.copy_(table)
+    answer = model.generate(input_ids=ids, **options)[0, 6:]
+    for absent in (answer[::2], answer[1::2], ids[0]):
+        model.token_table_0.copy_(table)
+        model.token_table_0[absent] = -1
+        found = model.generate(input_ids=ids, **options, **{CACHE_ARGUMENT: C2CCache()})
+        assert torch.equal(found, model.generate(input_ids=ids, **options, use_cache=False))
