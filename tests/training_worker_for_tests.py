@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.tensor import DTensor
 from training_for_tests import logged_losses, make_model, make_trainer
 
 from c2c_hf import C2CTrainer
@@ -52,26 +51,6 @@ def _uneven(output_dir: Path, batch_size: int) -> C2CTrainer:
     return trainer
 
 
-def _sharded(output_dir: Path, batch_size: int) -> list[float]:
-    """Several processes shard the parameters (FSDP2); one trains as ever."""
-    sharding = {} if int(os.environ.get("WORLD_SIZE", 1)) == 1 else {"fsdp": True}
-    trainer = make_trainer(
-        output_dir / "sharded",
-        make_model(fuser_dropout=0.0),
-        max_steps=4,
-        per_device_train_batch_size=batch_size,
-        gate_noise="none",
-        learning_rate=1e-2,
-        **sharding,
-    )
-    trainer.train()
-    if sharding:
-        shards = [parameter for parameter in trainer.model.fuser.parameters() if isinstance(parameter, DTensor)]
-        assert len(shards) == len(list(trainer.model.fuser.parameters())), "the fuser is not sharded"
-    trainer.save_model()
-    return logged_losses(trainer)
-
-
 def _distributed(output_dir: str, batch_size: str, checkpoint: str = "") -> None:
     found = {}
     trainer = distributed_trainer(output_dir, int(batch_size))
@@ -93,7 +72,6 @@ def _distributed(output_dir: str, batch_size: str, checkpoint: str = "") -> None
         trainer = distributed_trainer(f"{output_dir}/resumed", int(batch_size))
         trainer.train(resume_from_checkpoint=checkpoint)
         found["resumed"] = logged_losses(trainer)
-    found["sharded"] = _sharded(Path(output_dir), int(batch_size))
     if trainer.is_world_process_zero():
         (Path(output_dir) / "found.json").write_text(json.dumps(found))
 

@@ -100,8 +100,8 @@ def run_worker(*words: str, processes: int = 1, check: bool = True) -> subproces
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The same global batches, fuser and losses; not every process aligns the second sharer in every step.
 
-    Also with accumulated batches of which the last is smaller, or empty on one process; in evaluations; with sharded
-    parameters (FSDP2); and continuing a checkpoint of another number of processes.
+    Also with accumulated batches of which the last is smaller, or empty on one process; in evaluations; and continuing
+    a checkpoint of another number of processes.
     """
     run_worker("distributed", str(tmp_path / "one"), "4")
     run_worker("distributed", str(tmp_path / "two"), "2", str(tmp_path / "one" / "checkpoint-2"), processes=2)
@@ -119,15 +119,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
     assert sorted(two["writes"]) == sorted(one["writes"]), "each row's sharer cache has one writer"
     assert len(set(one["writes"])) == len(one["writes"]) == 8
-
-    assert two["sharded"] == pytest.approx(one["sharded"], abs=1e-4)
-    receiver, *sharers = base_models()
-    loaded = [
-        C2CForCausalLM.from_pretrained(tmp_path / name / "sharded", receiver=receiver, sharers=sharers).fuser
-        for name in ("one", "two")
-    ]
-    for own, other in zip(*(fuser.parameters() for fuser in loaded), strict=True):
-        torch.testing.assert_close(other, own, atol=1e-4, rtol=0)
 
     assert two["resumed"] == pytest.approx(one["losses"], abs=1e-4)
     trainer = distributed_trainer(tmp_path / "resumed", 4)
