@@ -1143,7 +1143,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(config, loaded_receiver, loaded_sharers)
         if verify_base_models:
             verify_weights(config, [loaded_receiver, *loaded_sharers], all_kwargs)
-        check_fuser_weights(weights, model._own_state_dict())
+        check_fuser_weights(weights, model.own_state_dict())
         model.load_state_dict(weights, strict=False)
         load_adapter(model.receiver, name, hub_kwargs)
         for index, (sharer, sharer_config) in enumerate(zip(model.sharers, config.sharers, strict=True)):
@@ -1287,7 +1287,12 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------ saving and publishing
 
-    def _own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def own_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Return the weights that are saved: those of the fuser, and the token tables.
+
+        Args:
+            state_dict: The model's, from which they are taken. `None`: as they are.
+        """
         # The base models are not asked: quantized ones may change their weights when they are.
         tables = {f"token_table_{index}": table for index, table in enumerate(self.token_tables) if table is not None}
         own = {**fuser_state_dict(self.fuser), **tables}
@@ -1334,7 +1339,7 @@ class C2CForCausalLM(PreTrainedModel, GenerationMixin):
             # A model that is loaded without its sharers cannot measure them.
             for sharer_config, rotations in zip(self.config.sharers, self.rotations()[1:], strict=True):
                 sharer_config.rotations = describe_rotations(rotations)
-        weights = self._own_state_dict(state_dict)
+        weights = self.own_state_dict(state_dict)
         with staged_folder(target, replaces=_is_saved_weight, last=CONFIG_NAME) as staging:
             try:
                 super().save_pretrained(staging, state_dict=quantize(weights) if int8 else weights, **kwargs)

@@ -185,6 +185,17 @@ def aligned_tokens(alignment: torch.Tensor) -> AlignedTokens:
     return rows, columns, alignment[rows, columns]
 
 
+def pick_tokens(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the values of chosen tokens, `(num_tokens, ...)`.
+
+    Args:
+        values: `(batch_size, seq_len, ...)`.
+        rows: `(num_tokens,)`, batch rows, on any device.
+        columns: `(num_tokens,)`, positions, likewise.
+    """
+    return values[rows.to(values.device), columns.to(values.device)]
+
+
 @dataclass
 class KeyPositions:
     """What makes cached keys free of rotary position.
@@ -199,8 +210,7 @@ class KeyPositions:
 
     def of_tokens(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return the positions of chosen tokens, `(num_tokens,)`."""
-        device = self.position_ids.device
-        return self.position_ids[rows.to(device), columns.to(device)]
+        return pick_tokens(self.position_ids, rows, columns)
 
 
 def fuse_states(

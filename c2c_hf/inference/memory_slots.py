@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..fusers.memory import MemoryFuser
-from .fusion import AlignedTokens, KeyPositions, TokenStates, aligned_tokens
+from .fusion import AlignedTokens, KeyPositions, TokenStates, aligned_tokens, pick_tokens
 from .inputs import ReceiverInputs, SharerInputs
 from .prefill import LayerStates, cached_states, full_length_cache, prefill
 from .rotary import Rotation
@@ -182,7 +182,7 @@ def fill_memory_slots(
         key_positions = KeyPositions(sharer_rotations[index], sharers[index].positions())
         tokens = TokenStates(sharer_cache.entries(), rows, positions, key_positions=key_positions).all_entries()
         device = next(fuser.parameters()).device
-        slots = _pick(inputs.positions(), rows, columns)
+        slots = pick_tokens(inputs.positions(), rows, columns)
         where = (rows.to(device), columns.to(device))
         embeddings = None
         if fuser.num_token_embeddings:
@@ -221,16 +221,12 @@ def slot_embeddings(
     for distance in range(count):
         places = (columns - distance).clamp_min(0)
         if inputs.inputs_embeds is not None:
-            part = _pick(inputs.inputs_embeds, rows, places)
+            part = pick_tokens(inputs.inputs_embeds, rows, places)
         else:
-            part = token_embeddings(_pick(inputs.tokens, rows, places))
-        exists = _pick(is_token, rows, places) & (columns >= distance).to(is_token.device)
+            part = token_embeddings(pick_tokens(inputs.tokens, rows, places))
+        exists = pick_tokens(is_token, rows, places) & (columns >= distance).to(is_token.device)
         parts.append(part * exists.unsqueeze(-1).to(part))
     return torch.cat(parts, dim=-1)
-
-
-def _pick(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return values[rows.to(values.device), columns.to(values.device)]
 
 
 def _place_leading_states(plan: MemoryPlan, states: LayerStates, leading_states: LayerStates) -> None:

@@ -11,7 +11,6 @@ from transformers.trainer_utils import TrainOutput, sort_checkpoints
 from .._files import move_into_place, remove_folder, staged_folder
 from ..checkpoints.fuser_weights import check_fuser_weights, load_fuser_weights
 from ..checkpoints.receiver_adapter import load_adapter
-from ..fusers import fuser_state_dict
 from ..modeling_c2c import C2CForCausalLM
 
 STATE_FILE = "trainer_state.json"
@@ -24,8 +23,7 @@ def restore_model(model: C2CForCausalLM, folder: str) -> None:
         ValueError: It is one of another fuser.
     """
     weights = load_fuser_weights(folder, {})
-    tables = {name: value for name, value in model.state_dict().items() if name.startswith("token_table_")}
-    check_fuser_weights(weights, {**tables, **fuser_state_dict(model.fuser)})
+    check_fuser_weights(weights, model.own_state_dict())
     model.load_state_dict(weights, strict=False)
     load_adapter(model.receiver, folder, {})
 

@@ -20,7 +20,6 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from transformers.utils import ModelOutput
 
 from .._files import write_file
-from ..checkpoints.fuser_weights import is_own_weight
 from ..checkpoints.receiver_adapter import add_adapter
 from ..configuration_c2c import C2CConfig
 from ..fusers.c2c import C2CFuser, FuserGroup
@@ -592,7 +591,7 @@ class C2CTrainer(CheckpointingTrainer):
         folder, config = Path(self.args.output_dir), self.model.config
         card = render_model_card(
             config,
-            {name: value for name, value in self.model.state_dict().items() if is_own_weight(name)},
+            self.model.own_state_dict(),
             base_licenses(config, self.args.hub_token),
             model_name or self.args.hub_model_id or folder.absolute().name,
             license=license,
