@@ -69,7 +69,8 @@ def test_closed_gates_equal_fusion_off_and_are_restored() -> None:
     torch.testing.assert_close(logprobs(CONTROLS["closed_gates"]), logprobs(CONTROLS["fusion_off"]), atol=1e-4, rtol=0)
     model, processor = pair()
     before = {name: p.clone() for name, p in model.named_parameters() if "gate_logit" in name}
-    with pytest.raises(ValueError, match="at least one token"), CONTROLS["closed_gates"].applied(model):
+    batch = C2CAnswerer(model, processor).tokenize(QUERIES, strip=True)
+    with pytest.raises(ValueError, match="at least one token"), CONTROLS["closed_gates"].applied(model, batch):
         assert all((p == -1).all() for name, p in model.named_parameters() if "gate_logit" in name)
         C2CAnswerer(model, processor).score(QUERIES[:1], [[""]])
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters() if "gate_logit" in name)
@@ -80,7 +81,7 @@ def fused_cache(control: Control) -> tuple[list[torch.Tensor], list[torch.Tensor
     model, processor = pair()
     batch = C2CAnswerer(model, processor).tokenize(QUERIES[:1], strip=True)
     states = []
-    for context in (control.applied(model), model.disable_fusion()):
+    for context in (control.applied(model, batch), model.disable_fusion()):
         cache = full_length_cache()
         with torch.no_grad(), context:
             model(**batch.fusion_inputs(), **{CACHE_ARGUMENT: cache})

@@ -18,6 +18,7 @@ pytest.importorskip("scipy", reason=NEEDS)
 from c2c_hf.evaluation.evaluate import evaluate  # noqa: E402
 from c2c_hf.evaluation.methods import c2c_answerer  # noqa: E402
 from c2c_hf.evaluation.methods.answerer import ModelAnswerer  # noqa: E402
+from c2c_hf.evaluation.methods.registry import build_methods  # noqa: E402
 from c2c_hf.evaluation.metrics.exact_match_f1 import answer_scores  # noqa: E402
 from c2c_hf.evaluation.reading import compute_reading, headline  # noqa: E402
 from c2c_hf.evaluation.tasks.reading import load_reading  # noqa: E402
@@ -178,6 +179,26 @@ def test_other_fusers_reuse_what_no_fuser_changes(tmp_path: Path, data: Path, mo
         assert is_same == (method not in ("c2c", "mismatched")), method
     with pytest.raises(AssertionError, match="answered again"):
         run((model, processor), tmp_path / "third", data, max_new_tokens=5)
+
+
+def test_own_states_equal_the_prefilled_context(tmp_path: Path, data: Path) -> None:
+    """The receiver's own keys and values as slots leave nothing to lose; either of them alone does."""
+    methods = ["receiver_with_context", "c2c", "own_states", "own_states=0", "own_keys", "own_values"]
+    run(pair(mode="memory"), tmp_path / "run", data, methods=methods)
+    found = records(tmp_path / "run")
+    items = {item for _, item in found}
+    scores = {name: [found[name, item]["loglikelihood"] for item in sorted(items)] for name in methods}
+    torch.testing.assert_close(scores["own_states"], scores["receiver_with_context"], atol=1e-3, rtol=0)
+    for name in ("c2c", "own_states=0", "own_keys", "own_values"):
+        assert max(abs(a - b) for a, b in zip(scores[name], scores["own_states"], strict=True)) > 0.01
+
+
+def test_own_states_need_slots_on_the_receivers_tokens() -> None:
+    for fields in ({"mode": "fusion"}, {"mode": "memory", "memory_grid": "sharer"}):
+        with pytest.raises(ValueError, match="'own_keys' needs a memory fuser of one sharer"):
+            build_methods(["own_keys"], *pair(**fields))
+    with pytest.raises(ValueError, match="'own_states=0-99' must name receiver layers from 0 to"):
+        build_methods(["own_states=0-99"], *pair(mode="memory"))
 
 
 def test_sharers_prefill_a_batch_once(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ class C2CAnswerer(Answerer):
 
     @contextmanager
     def _inference(self, batch: PromptBatch, queries: Sequence[Query]) -> Iterator[dict[str, Any]]:
-        with self.control.applied(self.c2c_model):
+        with self.control.applied(self.c2c_model, batch):
             if not self.control.uses_sharers:
                 yield batch.inputs_for(self.c2c_model)
                 return

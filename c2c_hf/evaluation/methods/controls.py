@@ -72,8 +72,13 @@ class Control:
         return type(self).change_states is not Control.change_states
 
     @contextmanager
-    def applied(self, model: C2CForCausalLM) -> Iterator[None]:
-        """Change the model for the time that it runs."""
+    def applied(self, model: C2CForCausalLM, batch: PromptBatch) -> Iterator[None]:
+        """Change the model for the time that it runs.
+
+        Args:
+            model: The C2C model.
+            batch: The prompts that it is given, after `select_positions`.
+        """
         yield
 
 
@@ -83,10 +88,26 @@ class FusionOff(Control):
     uses_sharers = False
 
     @contextmanager
-    def applied(self, model: C2CForCausalLM) -> Iterator[None]:
+    def applied(self, model: C2CForCausalLM, batch: PromptBatch) -> Iterator[None]:
         """Switch fusion off for the time that the model runs."""
         with model.disable_fusion():
             yield
+
+
+def check_layers(name: str, layers: Sequence[int], model: C2CForCausalLM) -> None:
+    """Refuse layers that the receiver does not have, or none at all.
+
+    Args:
+        name: Of the method, for the error.
+        layers: Indices.
+        model: The C2C model.
+
+    Raises:
+        ValueError: There is one.
+    """
+    num_layers = len(model.config.receiver_layer_shapes or [])
+    if not layers or min(layers) < 0 or max(layers) >= num_layers:
+        raise ValueError(f"`methods`: {name!r} must name receiver layers from 0 to {num_layers - 1}.")
 
 
 def _gated_fusers(model: C2CForCausalLM) -> list[C2CFuser]:
@@ -108,7 +129,7 @@ class ChangedGates(Control):
         raise NotImplementedError
 
     @contextmanager
-    def applied(self, model: C2CForCausalLM) -> Iterator[None]:
+    def applied(self, model: C2CForCausalLM, batch: PromptBatch) -> Iterator[None]:
         """Change the gates, and restore their logits afterwards."""
         learned: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
@@ -158,9 +179,7 @@ class LayerSubset(ChangedGates):
             ValueError: There is one.
         """
         super().check(name, model)
-        num_layers = len(model.config.receiver_layer_shapes or [])
-        if not self.layers or self.layers[-1] >= num_layers or self.layers[0] < 0:
-            raise ValueError(f"`methods`: {name!r} must name receiver layers from 0 to {num_layers - 1}.")
+        check_layers(name, self.layers, model)
 
     def change_gates(self, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return -1 for the gates of other layers."""
@@ -172,7 +191,7 @@ class FuseOnly(OpenGates):
     """The projection is added as it is: no dynamic weights, all gates open (arXiv 2510.03215, table 8)."""
 
     @contextmanager
-    def applied(self, model: C2CForCausalLM) -> Iterator[None]:
+    def applied(self, model: C2CForCausalLM, batch: PromptBatch) -> Iterator[None]:
         """Set the dynamic weights to 1 for the time that the model runs."""
         modules = {group.projector for fuser in _gated_fusers(model) for group in fuser.groups}
         hooks = [
@@ -182,7 +201,7 @@ class FuseOnly(OpenGates):
         ]
         hooks += [projector.register_forward_hook(self._change) for projector in modules]
         try:
-            with super().applied(model):
+            with super().applied(model, batch):
                 yield
         finally:
             for hook in hooks:

@@ -14,6 +14,7 @@ from .baselines import TextToText
 from .c2c_answerer import C2CAnswerer, SharerPrefills
 from .controls import CONTROLS, Control, LayerSubset
 from .oracle_enrichment import build_oracle
+from .own_states import OwnStates
 from .payload_ablations import PAYLOAD_ABLATIONS, PositionSubset
 
 #: A fuser with its base models, and its processor.
@@ -42,6 +43,10 @@ METHODS = {
     "single_layer=<l>": "C2C, but only receiver layer l is fused",
     "layers=<list>": "C2C, but only these receiver layers are fused, such as layers=0,4-7",
     "best_layers=<k>": "C2C, but only the k receiver layers are fused that alone do best on other items",
+    "own_states": "memory mode, but slots hold the receiver's own states of the context: equals prefilling it",
+    "own_states=<list>": "the same in these receiver layers only, such as own_states=0-9",
+    "own_keys": "memory mode, but the keys of slots are the receiver's own",
+    "own_values": "memory mode, but the values of slots are the receiver's own",
     "mismatched": "C2C, but the sharers prefill another question, or another one's context",
     "shuffled": "C2C, but the sharers' positions are assigned in random order",
     "zero": "C2C, but the sharers' states are zero",
@@ -58,10 +63,17 @@ METHODS = {
     "int8_states": "C2C, but the sharers' states are rounded to 8 bits",
     "int4_states": "C2C, but the sharers' states are rounded to 4 bits",
 }
+#: Of memory mode.
+OWN_STATES: dict[str, Control] = {
+    "own_states": OwnStates(),
+    "own_keys": OwnStates(values=False),
+    "own_values": OwnStates(keys=False),
+}
 #: Controls with a parameter, which stands behind the name and `=`.
 PARAMETERIZED: dict[str, Callable[[str], Control]] = {
     "single_layer": lambda value: LayerSubset([int(value)]),
     "layers": lambda value: LayerSubset(parse_layers(value)),
+    "own_states": lambda value: OwnStates(layers=parse_layers(value)),
     "first": lambda value: PositionSubset("first", float(value)),
     "last": lambda value: PositionSubset("last", float(value)),
     "most_changed": lambda value: PositionSubset("most_changed", float(value)),
@@ -108,7 +120,7 @@ def find_control(name: str) -> Control | None:
     Raises:
         ValueError: The parameter in the name has no meaning.
     """
-    fixed = {**CONTROLS, **PAYLOAD_ABLATIONS}
+    fixed = {**CONTROLS, **PAYLOAD_ABLATIONS, **OWN_STATES}
     base, value = split_name(name)
     if name in fixed or base not in PARAMETERIZED:
         return fixed.get(name)
