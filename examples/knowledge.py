@@ -86,7 +86,7 @@ def teach(options: argparse.Namespace, sharer: str, taught: Path) -> None:
         learning_rate=options.teach_learning_rate,
         warmup_steps=20,
         weight_decay=0.0,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type="linear",
         logging_steps=5,
         train_fuser=False,
     )

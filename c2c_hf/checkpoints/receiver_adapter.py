@@ -1,6 +1,6 @@
 """PEFT adapters of base models, saved beside a fuser: the receiver's can be trained with it or instead of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ SHARER_ADAPTER_FOLDER = "sharer_{}_adapter"
 ADAPTER_FOLDERS = rf"{ADAPTER_FOLDER}|{SHARER_ADAPTER_FOLDER.format('[0-9]+')}"
 _NAME = "default"
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+#: PEFT's files name weights as its wrapper `PeftModel` holds them; an injected adapter has no wrapper.
+_WRAPPER = "base_model.model."
 
 # Importing `peft` takes a second, hence it is imported only where there is an adapter.
 
@@ -160,7 +162,7 @@ def save_adapter(receiver: PreTrainedModel, folder: Path) -> None:
 
     folder.mkdir(parents=True)
     weights = get_peft_model_state_dict(receiver, adapter_name=name)
-    save_file({key: value.contiguous().cpu() for key, value in weights.items()}, folder / _WEIGHTS_FILE)
+    save_file({_WRAPPER + key: value.contiguous().cpu() for key, value in weights.items()}, folder / _WEIGHTS_FILE)
     config = receiver.peft_config[name]
     config.base_model_name_or_path = receiver.name_or_path
     config.save_pretrained(str(folder))
@@ -194,17 +196,34 @@ def load_adapter(
     if config_path is None or weights_path is None:
         part = "half of" if config_path or weights_path else "nothing of"
         raise ValueError(f"{str(name_or_path)!r} holds {part} an adapter in {folder}; save it again.")
-    from peft import PeftConfig, set_peft_model_state_dict
+    from peft import PeftConfig
 
     weights = read_safetensors(weights_path)
     if not has_adapter(receiver):
         add_adapter(receiver, PeftConfig.from_pretrained(str(Path(config_path).parent)))
-    (name,) = receiver.peft_config
+    set_adapter_weights(receiver, weights, f"in {folder} of {str(name_or_path)!r}")
+
+
+def set_adapter_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Replace the weights of a model's adapter.
+
+    Args:
+        model: A base model with one adapter in its layers.
+        weights: Under the names of PEFT's files.
+        source: Where they come from, for the error.
+
+    Raises:
+        ValueError: They do not fit the model.
+    """
+    from peft import set_peft_model_state_dict
+
+    (name,) = model.peft_config
+    own = {key.removeprefix(_WRAPPER): value for key, value in weights.items()}
     # `Any`, since PEFT annotates the result as a named tuple without fields.
-    result: Any = set_peft_model_state_dict(receiver, weights, adapter_name=name)
+    result: Any = set_peft_model_state_dict(model, own, adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"The adapter in {folder} of {str(name_or_path)!r} does not fit the base model: {len(missing)} weights "
-            f"missing, {len(result.unexpected_keys)} unknown."
+            f"The adapter {source} does not fit the base model: {len(missing)} weights missing, "
+            f"{len(result.unexpected_keys)} unknown."
         )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ from c2c_hf.evaluation.tasks.task import Item, load_tasks  # noqa: E402
 #: Values of the parameters in the methods' names.
 VALUES = {"<k>": "2", "<l>": "1", "<list>": "0,2", "<share>": "0.4"}
 NEED_MORE = ("receiver_with_adapter", "receiver_as_sharer", "same_text_fusion", "swapped_pair", "two_sharers")
-ALL = [re.sub("<.*>", lambda match: VALUES[match[0]], name) for name in METHODS if name not in NEED_MORE]
+#: `own_...` need memory mode, see `test_reading.py`.
+PLAIN = [name for name in METHODS if name not in NEED_MORE and not name.startswith("own_")]
+ALL = [re.sub("<.*>", lambda match: VALUES[match[0]], name) for name in PLAIN]
 
 
 @pytest.fixture(scope="module")
@@ -389,6 +392,11 @@ def test_an_adapter_and_the_receiver_as_sharer(data_dir: Path, tmp_path: Path) -
     for method in ("receiver_with_adapter", "receiver_as_sharer"):
         assert any(scores[method, f"q{i}"] != pytest.approx(scores["receiver", f"q{i}"], abs=1e-2) for i in range(6))
     assert all(before[name].equal(value) for name, value in base.state_dict().items()), "the receiver stays as it was"
+    methods = build_methods(["receiver_with_adapter"], model, processor, adapter=str(tmp_path / "lora"))
+    expected = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path / "lora")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(methods["receiver_with_adapter"].model(ids).logits, expected(ids).logits)
 
 
 def test_a_fuser_with_an_adapter(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811

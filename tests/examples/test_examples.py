@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_model
 from evaluation_for_tests import NEEDS, choice_rows, data_dir, save_fuser, write_rows  # noqa: F401
+from safetensors.torch import load_file
 from tokenizers_for_tests import TEXT, byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf.cli.main import main
@@ -96,7 +97,9 @@ def test_knowledge(pair: tuple[str, str], tmp_path: Path, run: Callable[..., str
     assert rows[0] == "4 questions, % right"
     methods = ["receiver", "sharer", "c2c", "mismatched", "shuffled", "zero", "receiver_with_adapter"]
     assert rows[2:] == [*methods, "receiver_as_sharer", "c2c, untaught sharer"]
-    assert (tmp_path / "taught" / "model.safetensors").is_file()
+    taught, untaught = (load_file(folder / "model.safetensors") for folder in (tmp_path / "taught", Path(sharer)))
+    changed = {name for name, value in taught.items() if not value.equal(untaught[name].bfloat16())}
+    assert changed == {name for name in taught if name.endswith("_proj.weight")}, "the LoRA is merged"
     assert second.splitlines()[-len(rows) :] == first.splitlines()[-len(rows) :]
     assert "train_runtime" not in second
 

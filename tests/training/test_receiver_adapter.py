@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from training_for_tests import base_models, fuser_weights, logged_losses, make_model, make_trainer
 
@@ -75,6 +75,19 @@ def test_saved_beside_the_fuser(tmp_path: Path, train_fuser: bool) -> None:
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     make_model().save_pretrained(tmp_path / "again")
     assert not has_adapter(reload(tmp_path / "again").receiver)
+
+
+# Asked for by peft itself.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_loads_what_was_saved(tmp_path: Path) -> None:
+    trainer = with_lora(tmp_path / "run", train_fuser=False)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "saved")
+    expected = PeftModel.from_pretrained(base_models()[0], str(tmp_path / "saved" / ADAPTER_FOLDER))
+    ids = torch.arange(5, 11).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(expected(ids).logits, trainer.model.receiver(ids).logits)
+        assert not torch.allclose(expected(ids).logits, base_models()[0](ids).logits, atol=1e-3)
 
 
 def test_resuming_is_exact(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ...checkpoints.receiver_adapter import ADAPTER_FOLDER, add_adapter, has_adapter
+from ...checkpoints.receiver_adapter import ADAPTER_FOLDER, add_adapter, has_adapter, set_adapter_weights
 from ...modeling_c2c import C2CForCausalLM
 from ...processing_c2c import C2CProcessor
 from .answerer import MAX_EXAMPLES, Answerer, Method, ModelAnswerer
@@ -254,7 +254,7 @@ def _check_other_fuser(name: str, model: C2CForCausalLM, other: C2CForCausalLM) 
 
 def _adapted(receiver: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """Return a second receiver with an adapter from a folder or the Hub, or from a fuser's folder that has one."""
-    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+    from peft import PeftConfig, load_peft_weights
 
     # A copy, since an adapter replaces layers; without the adapter that the receiver may have.
     weights = {name.replace(".base_layer.", "."): value for name, value in receiver.state_dict().items()}
@@ -263,5 +263,5 @@ def _adapted(receiver: PreTrainedModel, adapter: str) -> PreTrainedModel:
     own_folder = Path(adapter) / ADAPTER_FOLDER
     source = str(own_folder if own_folder.is_dir() else adapter)
     add_adapter(copied, PeftConfig.from_pretrained(source))
-    set_peft_model_state_dict(copied, load_peft_weights(source, device="cpu"), adapter_name="default")
+    set_adapter_weights(copied, load_peft_weights(source, device="cpu"), f"of {source!r}")
     return copied.to(receiver.device).requires_grad_(False).eval()
