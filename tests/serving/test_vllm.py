@@ -541,6 +541,13 @@ def test_errors_of_the_middleware(vllm: ModuleType, server: SimpleNamespace, one
     assert send(vllm, server, missing) == {"messages": QUESTIONS[1]}
     outside = {"messages": QUESTIONS[1], "kv_transfer_params": {"context_path": "/etc/passwd"}}
     assert refused(outside)[0] == 400
+    for field, message in (
+        ({"kv_transfer_params": {"context_id": "ships", "on_missing": "ignore"}}, "`on_missing` must be 'error' or"),
+        ({"kv_transfer_params": {"context_id": None}}, "either `context_id` or `context_path`"),
+        ({"kv_transfer_params": {"context_id": "ships"}, "use_beam_search": True}, "`use_beam_search` is not"),
+    ):
+        status, found = refused({"messages": QUESTIONS[1], **field})
+        assert status == 400 and message in found
     several = {"prompt": ["a", "b"], "kv_transfer_params": {"context_id": "ships"}}
     status, message = refused(several, "/v1/completions")
     assert status == 400 and "must be one string" in message
