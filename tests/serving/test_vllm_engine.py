@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,8 +96,8 @@ def test_equal_ids_of_different_contexts_never_mix(
     prompts = ContextPrompts(model, processor, tmp_path, SlotStore(tmp_path / "slots"))
     chat, encoded, expected = [{"role": "user", "content": QUESTION}], [], []
     for name, text in (
-        ("elms", "Three old elms stand in the garden."),
-        ("oaks", "Three old oaks stand in the garden."),
+        ("two", "Two old trees stand in the garden."),
+        ("six", "Six old trees stand in the garden."),
     ):
         prefill_context(model.sharers[0], processor, text).to_safetensors(tmp_path / f"{name}.safetensors")
         encoded.append(prompts.encode(chat, context_id=name))
@@ -200,18 +201,34 @@ def test_the_server_answers_about_contexts(server: Server) -> None:
     assert status == 400 and "outside the folder" in error["message"]
     contexts = server.folder / "contexts"
     (contexts / "cut.safetensors").write_bytes((contexts / "letter.safetensors").read_bytes()[:-9])
-    status, error = post(server, {"context_id": "cut"})
-    assert status == 400 and "damaged" in error["message"]
+    shutil.copy(next((server.folder / "slots").iterdir()), contexts / "foreign.safetensors")
+    for name in ("cut", "foreign"):
+        status, error = post(server, {"context_id": name})
+        assert status == 400 and "damaged" in error["message"]
     assert post(server, {"context_id": "letter"}, key="wrong")[0] == 401
+
+
+def test_requests_at_once_never_mix(server: Server) -> None:
+    """Of different contexts, and without one."""
+    params = [None, {"context_id": "letter"}, {"context_id": "manual"}]
+    alone = [post(server, each) for each in params]
+    assert [status for status, _ in alone] == [200] * 3 and len({answer for _, answer in alone}) == 3
+    with ThreadPoolExecutor(9) as pool:
+        assert list(pool.map(lambda each: post(server, each), params * 3)) == alone * 3
 
 
 def test_the_server_survives_damaged_slots(server: Server) -> None:
     slots = server.folder / "slots"
-    assert post(server, {"context_id": "manual"})[0] == 200
-    manual = max(slots.iterdir(), key=os.path.getmtime)
-    shutil.copy(manual, server.folder / "kept")
-    manual.write_bytes(manual.read_bytes()[:-9])
-    assert post(server, {"context_id": "manual"})[0] == 500
+    for path in slots.iterdir():
+        path.unlink()
     assert post(server, {"context_id": "letter"}) == (200, server.expected)
+    (letter,) = slots.iterdir()
+    answer = post(server, {"context_id": "manual"})
+    (manual,) = set(slots.iterdir()) - {letter}
+    shutil.copy(manual, server.folder / "kept")
+    for damage in (manual.read_bytes()[:-9], letter.read_bytes()):
+        manual.write_bytes(damage)
+        assert post(server, {"context_id": "manual"})[0] == 500
+        assert post(server, {"context_id": "letter"}) == (200, server.expected)
     shutil.copy(server.folder / "kept", manual)
-    assert post(server, {"context_id": "manual"})[0] == 200
+    assert post(server, {"context_id": "manual"}) == answer
