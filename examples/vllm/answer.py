@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--sharer-tokenizer", help="folder or Hub id, where the fuser was saved without its processor")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--enforce-eager", action="store_true", help="do not compile, which takes minutes on a CPU")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     arguments = parser.parse_args()
 
@@ -48,6 +49,7 @@ def main() -> None:
         prompts.receiver,
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
+        enforce_eager=arguments.enforce_eager,
         kv_transfer_config=connector_config(arguments.slots),
     )
     outputs = llm.generate(
