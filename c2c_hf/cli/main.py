@@ -36,7 +36,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_int
 app.command(rich_help_panel="Answer")(answer.demo)
 app.command(rich_help_panel="Answer")(answer.generate)
 app.command(rich_help_panel="Answer")(answer.chat)
-app.command(rich_help_panel="Answer")(serve.serve)
+app.command(rich_help_panel="Answer", context_settings={"allow_extra_args": True})(serve.serve)
 app.command(rich_help_panel="Answer")(prefill.prefill)
 app.command(rich_help_panel="Train", context_settings=_PASS_ON)(train.train)
 app.command(rich_help_panel="Train")(train.fit)

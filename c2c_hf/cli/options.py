@@ -60,6 +60,14 @@ def check_place(option: str, name: str | None) -> None:
         raise ValueError(f"{option}: the folder {name!r} does not exist.") from None
 
 
+def check_places(fuser: str | None, receiver: str | None, sharers: list[str] | None) -> None:
+    """Refuse the name of a fuser or base model as `check_place` does."""
+    check_place("the fuser", fuser)
+    check_place("`--receiver`", receiver)
+    for sharer in sharers or []:
+        check_place("`--sharer`", sharer)
+
+
 def document_text(option: str, path: Path) -> str:
     """Return the text of a document.
 
@@ -156,10 +164,7 @@ def load_model(
         raise ValueError("name a fuser, or both `--receiver` and `--sharer`.")
     if fuser is not None and token_alignment is not None:
         raise ValueError("`--token-alignment` goes with `--receiver` and `--sharer`: a saved fuser records its own.")
-    check_place("the fuser", fuser)
-    check_place("`--receiver`", receiver)
-    for sharer in sharers or []:
-        check_place("`--sharer`", sharer)
+    check_places(fuser, receiver, sharers)
 
     from accelerate import PartialState
 

@@ -15,6 +15,7 @@ from .._compat import CACHE_ARGUMENT
 from ..alignment.chat_template import Message
 from ..checkpoints.download import find_file, shipped_folder
 from ..checkpoints.receiver_adapter import has_adapter
+from ..configuration_c2c import C2CConfig
 from ..inference.fingerprints import SharerSource, fingerprint, text_hash
 from ..inference.prefill import cached_states, full_length_cache
 from ..inference.sharer_cache import SharerCache
@@ -63,6 +64,39 @@ def prefill_context(
     return SharerCache.prefill(sharer, ids, mask, processor.sharer_tokenizers[0], revision, text)
 
 
+def check_config(config: C2CConfig) -> None:
+    """Refuse a fuser that needs more of an engine than states in front of a prompt.
+
+    Raises:
+        ValueError: It has another mode than memory, or several sharers.
+    """
+    if config.mode != "memory":
+        raise ValueError(
+            f"The fuser must have mode='memory', but has {config.mode!r}: it overwrites states that the engine's "
+            "prefill computes, for which engines have no hook; use `model.generate`."
+        )
+    if config.num_sharers != 1:
+        raise ValueError(
+            f"The fuser must have one sharer, but has {config.num_sharers}: a context is the cache of one; use "
+            "`model.generate`."
+        )
+
+
+def connector_config(slots: str | os.PathLike[str], **extra: Any) -> dict[str, Any]:
+    """Return the `kv_transfer_config` of a vLLM engine that loads prepared slots.
+
+    Args:
+        slots: Folder of the slots.
+        **extra: Further entries of `kv_connector_extra_config`, which the middleware needs.
+    """
+    return {
+        "kv_connector": "C2CConnector",
+        "kv_connector_module_path": "c2c_hf.serving.vllm",
+        "kv_role": "kv_consumer",
+        "kv_connector_extra_config": {"slots": str(slots), **extra},
+    }
+
+
 class ContextPrompts:
     """Encodes prompts about contexts, and prepares the slots that they need.
 
@@ -90,16 +124,7 @@ class ContextPrompts:
         self, model: C2CForCausalLM, processor: C2CProcessor, contexts: str | os.PathLike[str], slots: SlotStore
     ) -> None:
         config = model.config
-        if config.mode != "memory":
-            raise ValueError(
-                f"The fuser must have mode='memory', but has {config.mode!r}: it overwrites states that the engine's "
-                "prefill computes, for which engines have no hook; use `model.generate`."
-            )
-        if config.num_sharers != 1:
-            raise ValueError(
-                f"The fuser must have one sharer, but has {config.num_sharers}: a context is the cache of one; use "
-                "`model.generate`."
-            )
+        check_config(config)
         if has_adapter(model.receiver):
             raise ValueError(
                 "The fuser must have no receiver adapter: the engine runs the receiver without it; merge it into the "

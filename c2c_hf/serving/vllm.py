@@ -291,8 +291,14 @@ class C2CMiddleware:
         params = request.get("kv_transfer_params") if isinstance(request, dict) else None
         if not isinstance(params, dict) or not params.keys() & set(_CONTEXT_FIELDS):
             return body
+        on_missing = params.get("on_missing", "error")
+        if on_missing not in ("error", "receiver"):
+            raise HTTPException(400, f"`on_missing` must be 'error' or 'receiver', but got {on_missing!r:.60}.")
+        if request.get("use_beam_search"):
+            # Its beams are requests of their own, without `kv_transfer_params`.
+            raise HTTPException(400, "`use_beam_search` is not supported in a request with a context.")
         prompts = self._load_prompts(vllm_config)
-        name = {field: str(params[field]) for field in _CONTEXT_FIELDS if field in params}
+        name = {field: str(params[field]) for field in _CONTEXT_FIELDS if params.get(field) is not None}
         try:
             if "messages" in request:
                 template_kwargs = dict(request.get("chat_template_kwargs") or {})
@@ -307,7 +313,7 @@ class C2CMiddleware:
                 encoded = prompts.encode(request["prompt"], **name)
                 request |= {"prompt": encoded.prompt_token_ids, "kv_transfer_params": encoded.kv_transfer_params}
         except FileNotFoundError as error:
-            if params.get("on_missing", "error") != "receiver":
+            if on_missing != "receiver":
                 raise HTTPException(404, str(error)) from error
             del request["kv_transfer_params"]
         except (ValueError, TypeError) as error:

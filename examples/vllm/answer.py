@@ -11,7 +11,7 @@ import argparse
 from vllm import LLM, SamplingParams
 
 from c2c_hf.demo import local_pair
-from c2c_hf.serving.context_prompts import ContextPrompts
+from c2c_hf.serving.context_prompts import ContextPrompts, connector_config
 from c2c_hf.serving.slot_store import SlotStore
 
 
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--sharer-tokenizer", help="folder or Hub id, where the fuser was saved without its processor")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--enforce-eager", action="store_true", help="do not compile, which takes minutes on a CPU")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     arguments = parser.parse_args()
 
@@ -48,12 +49,8 @@ def main() -> None:
         prompts.receiver,
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
-        kv_transfer_config={
-            "kv_connector": "C2CConnector",
-            "kv_connector_module_path": "c2c_hf.serving.vllm",
-            "kv_role": "kv_consumer",
-            "kv_connector_extra_config": {"slots": arguments.slots},
-        },
+        enforce_eager=arguments.enforce_eager,
+        kv_transfer_config=connector_config(arguments.slots),
     )
     outputs = llm.generate(
         [{"prompt_token_ids": prompt.prompt_token_ids} for prompt in encoded],

