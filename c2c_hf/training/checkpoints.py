@@ -89,7 +89,7 @@ class CheckpointingTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: object,
     ) -> tuple[int, int]:
-        """Return the epoch and the batch in it, also of a stream: transformers takes its epochs to be `max_steps` long."""
+        """Return the epoch and the batch in it; transformers takes those of a stream to be `max_steps` long."""
         sizes = (max_steps, num_update_steps_per_epoch, num_train_epochs)
         place = super()._init_training_state(*sizes, resume_from_checkpoint, trial)
         if resume_from_checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:

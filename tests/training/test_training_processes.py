@@ -2,14 +2,14 @@
 
 import json
 import random
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from accelerate.utils import gather_object
-from processes_for_tests import die, needs_fork, run_processes
+from processes_for_tests import die_after, needs_fork, run_processes
 from training_for_tests import QUESTIONS, chat_rows, logged_losses, make_model, make_trainer
 
 from c2c_hf import C2CTrainer
@@ -21,12 +21,12 @@ pytestmark = [
     needs_fork,
     pytest.mark.skipif(
         CACHE_ARGUMENT != "cache",
-        reason="before 5.24 transformers loads the optimizer of several processes onto 'cpu:0', which torch does not know",
+        reason="before 5.24 transformers loads the optimizers of several processes onto 'cpu:0', which torch rejects",
     ),
 ]
 
 
-def train(folder: Path, make: Callable[[Path], C2CTrainer], dies: dict[int, float] | None = None) -> None:
+def train(folder: Path, make: Callable[[Path], C2CTrainer], dies: Mapping[int, float] = MappingProxyType({})) -> None:
     """Train, or resume; `dies` maps the index of a process to the seconds after which it is killed.
 
     Writes each step's loss and the ids of each step's rows, all processes' together.
@@ -41,10 +41,8 @@ def train(folder: Path, make: Callable[[Path], C2CTrainer], dies: dict[int, floa
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = record
-    if (dies or {}).get(trainer.args.process_index) is not None:
-        timer = threading.Timer(dies[trainer.args.process_index], die)
-        timer.daemon = True
-        timer.start()
+    if trainer.args.process_index in dies:
+        die_after(dies[trainer.args.process_index])
     start = time.monotonic()
     trainer.train(resume_from_checkpoint="auto")
     rows = gather_object(steps)
