@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -59,3 +60,10 @@ def _work(index: int, count: int, port: int, function: Callable[..., None], args
 def die() -> None:
     """End this process as the system's out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after(seconds: float) -> None:
+    """Kill this process in `seconds`, whatever it does then."""
+    timer = threading.Timer(seconds, die)
+    timer.daemon = True
+    timer.start()

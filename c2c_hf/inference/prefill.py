@@ -6,6 +6,7 @@ from contextvars import copy_context
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -52,7 +53,11 @@ def cached_states(cache: Cache) -> LayerStates:
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device on which a model expects its ids, also when its layers are spread over several."""
-    return model.get_input_embeddings().weight.device  # type: ignore[operator]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if has_offloaded_params(embedding):
+        # accelerate brings the weight there for the call alone.
+        return torch.device(embedding._hf_hook.execution_device)
+    return embedding.weight.device
 
 
 def register_keyword_positions(model_class: type[PreTrainedModel], takes: bool) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, sort_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput, has_length, sort_checkpoints
 
 from .._files import move_into_place, remove_folder, staged_folder
 from ..checkpoints.fuser_weights import check_fuser_weights, load_fuser_weights
@@ -80,6 +80,26 @@ class CheckpointingTrainer(Trainer):
                 if not Path(checkpoint).samefile(best):
                     remove_folder(checkpoint)
         return super()._finalize_training(trial, *args)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: object,
+    ) -> tuple[int, int]:
+        """Return the epoch and the batch in it; transformers takes those of a stream to be `max_steps` long."""
+        sizes = (max_steps, num_update_steps_per_epoch, num_train_epochs)
+        place = super()._init_training_state(*sizes, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
+            return place
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+        epoch = int(saved.epoch or 0)
+        share = (saved.epoch or 0) - epoch
+        return epoch, round(share * saved.max_steps * self.args.gradient_accumulation_steps)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Uploads run in the background: they wait until the checkpoint is in its place.

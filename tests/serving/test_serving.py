@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import save_tiny_model
+from evaluation_for_tests import save_fuser
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
@@ -464,3 +466,14 @@ def test_the_command(tmp_path: Any) -> None:
 def test_the_command_opens_nothing_by_accident(capsys: pytest.CaptureFixture) -> None:
     assert main(["serve", "general", "--host", "0.0.0.0"]) == 1
     assert "opens the server to other machines: name with `--allowed-host`" in capsys.readouterr().err
+
+
+def test_transformers_serve_looks_up_its_own_classes(tmp_path: Path) -> None:
+    """The reason that the guide on clients gives for `c2c serve`; once this fails, transformers can serve a fuser."""
+    model_manager = pytest.importorskip("transformers.cli.serving.model_manager", reason=NEEDS)
+    folder = save_fuser(tmp_path, "fuser")
+    manager = model_manager.ModelManager(device="cpu")
+    with pytest.raises(AttributeError, match="transformers has no attribute C2CForCausalLM"):
+        manager.load_model_and_processor(str(folder))
+    with pytest.raises(ValueError, match="Unknown modality for: C2CForCausalLM"):
+        manager.get_model_modality(C2CForCausalLM.from_pretrained(folder), C2CProcessor.from_pretrained(folder))

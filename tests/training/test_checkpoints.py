@@ -14,7 +14,7 @@ from training_for_tests import PROCESSOR, base_models, fuser_weights, logged_los
 from training_worker_for_tests import distributed_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from c2c_hf import C2CForCausalLM
+from c2c_hf import C2CForCausalLM, C2CTrainer
 from c2c_hf._compat import CACHE_ARGUMENT
 
 
@@ -41,6 +41,26 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     expected = fuser_weights(straight)
     for name, value in fuser_weights(resumed).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_streams_resume_at_their_place(accumulation: int, tmp_path: Path) -> None:
+    """In any epoch of the stream, three batches long, and not at all where the run is over."""
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 3}
+    options |= {"gradient_accumulation_steps": accumulation, "learning_rate": 1e-2}
+
+    def train(folder: Path, checkpoint: Path | None = None) -> C2CTrainer:
+        trainer = make_trainer(folder, **options)
+        trainer.train_dataset = trainer.train_dataset.to_iterable_dataset().shuffle(seed=0, buffer_size=3)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer
+
+    straight = train(tmp_path / "straight")
+    for step in (3, 7, 8):
+        resumed = train(tmp_path / "resumed", tmp_path / "straight" / f"checkpoint-{step}")
+        assert resumed.state.global_step == 8
+        assert logged_losses(resumed) == logged_losses(straight)
+        assert all(torch.equal(value, fuser_weights(straight)[name]) for name, value in fuser_weights(resumed).items())
 
 
 def test_checkpoints_hold_only_the_fuser(tmp_path: Path) -> None:
