@@ -23,7 +23,7 @@ from .engine import AnswerRequest, Engine, GeneratedAnswer, GenerationOptions, P
 from .errors import ApiError, ErrorForm, as_api_errors
 from .jobs import Job, JobQueue, QueueFullError
 from .metrics import Metrics
-from .requests import ChatRequest, CompletionRequest, ContextRequest
+from .requests import ChatRequest, CompletionRequest, ContextRequest, LoadRequest
 
 #: Names by which this machine calls itself.
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -336,6 +336,12 @@ def create_app(
     async def show_model(model_name: str) -> dict[str, Any]:
         check_name(model_name)
         return model_card()
+
+    @app.post("/load_model")
+    async def load_model(body: LoadRequest) -> Response:
+        # `transformers chat` asks for this first, and waits for the event that says so.
+        check_name(body.model)
+        return Response(_event({"status": "ready", "cached": True}), media_type="text/event-stream")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_commands_exist(command: str, capsys: pytest.CaptureFixture, monkeypatch
         assert named <= set(extras["options.extras_require"])
         return
     else:
-        known = ("curl", "echo", "hf", "mkdocs", "npm", "vllm")
+        known = ("curl", "echo", "hf", "mkdocs", "npm", "transformers", "vllm")
         assert words[0] in known or words[:3] == ["python", "-m", "pytest"], command
         return
     for word in words:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import save_tiny_model
+from packaging.version import parse
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
@@ -175,6 +178,13 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "parts of type 'text'", None),
     "no role": ({"messages": [{"content": "Hi"}]}, 400, "Field required", "messages"),
     "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "no unicode", None),
+    "generation config": (
+        {"generation_config": '{"top_k": 3}'},
+        400,
+        "`generation_config.top_k` is not supported",
+        "generation_config",
+    ),
+    "no JSON": ({"generation_config": "{"}, 400, "Expecting property name", "generation_config"),
     "two contexts": ({"sharer_context": "x", "documents": ["y"]}, 400, "at most one of", None),
     "no such context": ({"context_id": "x"}, 404, "There is no context 'x'", "context_id"),
     "other model": ({"model": "gpt-4"}, 404, "The model 'gpt-4' does not exist", "model"),
@@ -274,6 +284,25 @@ def test_curl(served: Served) -> None:
     assert done == "[DONE]"
     deltas = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events]
     assert "".join(deltas) == served.text()
+
+
+@pytest.mark.skipif(
+    parse(transformers.__version__) < parse("5.24"), reason="earlier `transformers chat` asks otherwise"
+)
+def test_transformers_chat() -> None:
+    """The command of transformers, as it is used without a terminal."""
+    model, processor = tiny_pair()
+    with running(model, processor) as url:
+        command = [sys.executable, "-m", "transformers.cli.transformers", "chat", NAME, f"{url}/v1"]
+        command += ["max_new_tokens=12", "do_sample=False"]
+        text = f"{QUESTION[0]['content']}\nn\n!exit\n"
+        # Its client of the server is the Hub's, which asks nobody in offline mode.
+        environment = {**os.environ, "COLUMNS": "500", "HF_HUB_OFFLINE": "0"}
+        process = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, env=environment)
+        assert process.returncode == 0, process.stderr
+        assert "was already loaded" in process.stdout and "reaching the token limit" in process.stdout
+        words = re.findall(r"\w+", Served(url, model, processor).text())
+        assert words and re.search(r"\W+".join(words), process.stdout), process.stdout
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
