@@ -238,9 +238,7 @@ def create_app(
     async def client_gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=_CLIENT_GONE)
 
-    def find_context(context_id: str | None) -> SharerContext | None:
-        if context_id is None:
-            return None
+    def find_context(context_id: str) -> SharerContext:
         context = contexts.get(context_id)
         if context is None:
             message = f"There is no context {context_id!r} (any more); make it anew by POST /v1/contexts."
@@ -274,7 +272,8 @@ def create_app(
 
     async def answer(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         check_name(body.model)
-        prompts, is_chat = body.prompts(find_context(body.context_id)), isinstance(body, ChatRequest)
+        prefilled = None if body.context_id is None else find_context(body.context_id)
+        prompts, is_chat = body.prompts(prefilled), isinstance(body, ChatRequest)
         with as_api_errors():
             generation = Generation(is_chat, name, start(prompts, body.options()), metrics)
             if not body.stream:
@@ -319,9 +318,7 @@ def create_app(
 
     @app.get("/v1/contexts/{context_id}")
     async def show_context(context_id: str) -> dict[str, Any]:
-        context = find_context(context_id)
-        assert context is not None
-        return describe(context)
+        return describe(find_context(context_id))
 
     @app.delete("/v1/contexts/{context_id}")
     async def drop_context(context_id: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Job(Generic[Result]):
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self._cancelled = threading.Event()
-        self.future.add_done_callback(lambda future: self._put(None))
+        self.future.add_done_callback(lambda future: self.emit(None))
         queue.submit(self)
 
     # In the event loop.
@@ -149,9 +149,11 @@ class Job(Generic[Result]):
 
     # In the worker thread.
 
-    def emit(self, piece: str) -> None:
-        """Hand on a piece of text."""
-        self._put(piece)
+    def emit(self, piece: str | None) -> None:
+        """Hand on a piece of text; `None` ends them."""
+        # The loop is closed where the server stopped before the thread did.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def is_cancelled(self) -> bool:
         """Return whether nobody waits for the result any more."""
@@ -165,11 +167,6 @@ class Job(Generic[Result]):
             self.future.set_exception(result)
         else:
             self.future.set_result(result)
-
-    def _put(self, piece: str | None) -> None:
-        # The loop is closed where the server stopped before the thread did.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
 
 Work: TypeAlias = Callable[[Sequence[Job[Any]]], None]

