@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -448,10 +449,20 @@ class C2CConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
-        """Do nothing: this class is installed, so that its code is not copied into saved folders.
+        """Copy no code into saved folders, since this class is installed; refuse lm-evaluation-harness's type `hf`.
 
-        transformers calls this on every class that it loads by `trust_remote_code=True`.
+        transformers calls this where it loads the class by `trust_remote_code=True`, not after `import c2c_hf`.
+
+        Raises:
+            ValueError: The harness is loaded, whose type `hf` would score continuations as the receiver does.
         """
+        # The model's `forward` can only warn: it gets token ids alone, as from a user who wants the last logits.
+        if "lm_eval" in sys.modules:
+            raise ValueError(
+                "lm-evaluation-harness cannot score a fuser by its model type hf, which does not say where a prompt "
+                "ends, so that the log-likelihoods would be the receiver's; use `c2c lm-eval --model c2c`. To load "
+                "the fuser for something else, `import c2c_hf` first."
+            )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the receiver's text configuration, which is what generation and caches need to know."""

@@ -4,17 +4,30 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import c2c_hf
+
 needs_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available(),
     reason="processes are forked, which this system, or CUDA, does not allow",
 )
+
+
+def run_fresh(code: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run code in a process that has not imported the package, with a folder as `sys.argv[1]`."""
+    search_path = os.pathsep.join([str(Path(c2c_hf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "PYTHONPATH": search_path}
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def run_processes(count: int, function: Callable[..., None], *args: Any) -> list[int]:

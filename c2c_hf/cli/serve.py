@@ -56,10 +56,11 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="What clients call the model.", show_default="MODEL, without its folder"),
     ] = None,
-    max_running: Annotated[int, typer.Option(metavar="N", min=1, help="Answers that are generated at once.")] = 2,
+    max_running: Annotated[int, typer.Option(metavar="N", min=1, help="Batches that are generated at once.")] = 2,
     max_waiting: Annotated[
         int, typer.Option(metavar="N", min=0, help="Requests that wait for these; further ones are refused.")
     ] = 32,
+    max_batch: Annotated[int, typer.Option(metavar="N", min=1, help="Answers in a batch.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum length of an answer.")] = 512,
     max_body_mb: Annotated[
         float, typer.Option("--max-body-mb", metavar="MB", min=0.001, help="Largest body of a request.")
@@ -113,6 +114,7 @@ def serve(
             name,
             max_running=max_running,
             max_waiting=max_waiting,
+            max_batch=max_batch,
             max_new_tokens=max_new_tokens,
             max_body_bytes=int(max_body_mb * 2**20),
             max_context_bytes=int(max_context_mb * 2**20),

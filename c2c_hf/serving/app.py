@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -20,11 +19,11 @@ from starlette.requests import ClientDisconnect
 from ..modeling_c2c import C2CForCausalLM
 from ..processing_c2c import C2CProcessor
 from .contexts import ContextStore, SharerContext
-from .engine import Engine, GeneratedAnswer, GenerationOptions, Prompt
+from .engine import AnswerRequest, Engine, GeneratedAnswer, GenerationOptions, Prompt
 from .errors import ApiError, ErrorForm, as_api_errors
 from .jobs import Job, JobQueue, QueueFullError
 from .metrics import Metrics
-from .requests import ChatRequest, CompletionRequest, ContextRequest
+from .requests import ChatRequest, CompletionRequest, ContextRequest, LoadRequest
 
 #: Names by which this machine calls itself.
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -166,6 +165,7 @@ def create_app(
     name: str = "c2c",
     max_running: int = 2,
     max_waiting: int = 32,
+    max_batch: int = 8,
     max_new_tokens: int = 512,
     max_body_bytes: int = 4 * 2**20,
     max_context_bytes: int = 2**30,
@@ -177,8 +177,9 @@ def create_app(
         model: The model.
         processor: Its processor.
         name: What clients call the model.
-        max_running: Number of answers that are generated at once.
+        max_running: Number of batches that are generated at once.
         max_waiting: Number of requests that wait for these; further ones get status 429.
+        max_batch: Number of answers in a batch.
         max_new_tokens: Maximum length of an answer, and its length where a request names none.
         max_body_bytes: Largest body of a request; a larger one gets status 413 and is not kept.
         max_context_bytes: Size of the key/value states of all prefilled contexts; those used longest ago go first.
@@ -195,7 +196,7 @@ def create_app(
         ```
     """
     engine = Engine(model, processor, max_new_tokens)
-    queue, contexts = JobQueue(max_running, max_waiting), ContextStore(max_context_bytes)
+    queue, contexts = JobQueue(max_running, max_waiting, max_batch), ContextStore(max_context_bytes)
     metrics = Metrics(queue, contexts)
     created = int(time.time())
 
@@ -237,9 +238,7 @@ def create_app(
     async def client_gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=_CLIENT_GONE)
 
-    def find_context(context_id: str | None) -> SharerContext | None:
-        if context_id is None:
-            return None
+    def find_context(context_id: str) -> SharerContext:
         context = contexts.get(context_id)
         if context is None:
             message = f"There is no context {context_id!r} (any more); make it anew by POST /v1/contexts."
@@ -253,11 +252,18 @@ def create_app(
     def model_card() -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created, "owned_by": "c2c_hf", "mode": model.config.mode}
 
+    def generate(jobs: Sequence[Job[GeneratedAnswer]]) -> None:
+        requests = []
+        for job in jobs:
+            prompt, options = job.task
+            requests.append(AnswerRequest(prompt, options, job.finish, job.emit, job.is_cancelled))
+        engine.generate(requests)
+
     def start(prompts: Sequence[Prompt], options: GenerationOptions) -> list[Job[GeneratedAnswer]]:
         jobs: list[Job[GeneratedAnswer]] = []
         try:
             for prompt in prompts:
-                jobs.append(Job(queue, partial(engine.generate, prompt, options)))
+                jobs.append(Job(queue, generate, (prompt, options), engine.batch_key(prompt, options)))
         except QueueFullError:
             for job in jobs:
                 job.cancel()
@@ -266,7 +272,8 @@ def create_app(
 
     async def answer(request: Request, body: ChatRequest | CompletionRequest) -> Response:
         check_name(body.model)
-        prompts, is_chat = body.prompts(find_context(body.context_id)), isinstance(body, ChatRequest)
+        prefilled = None if body.context_id is None else find_context(body.context_id)
+        prompts, is_chat = body.prompts(prefilled), isinstance(body, ChatRequest)
         with as_api_errors():
             generation = Generation(is_chat, name, start(prompts, body.options()), metrics)
             if not body.stream:
@@ -301,19 +308,17 @@ def create_app(
 
     @app.post("/v1/contexts")
     async def make_context(request: Request, body: ContextRequest) -> dict[str, Any]:
-        def prefill(emit: object, is_cancelled: object) -> SharerContext:
+        def prefill(jobs: Sequence[Job[SharerContext]]) -> None:
             context = engine.prefill(body.text())
             contexts.add(context)
-            return context
+            jobs[0].finish(context)
 
         with as_api_errors():
-            return describe(await _unless_disconnected(request, Job(queue, prefill).result()))
+            return describe(await _unless_disconnected(request, Job[SharerContext](queue, prefill).result()))
 
     @app.get("/v1/contexts/{context_id}")
     async def show_context(context_id: str) -> dict[str, Any]:
-        context = find_context(context_id)
-        assert context is not None
-        return describe(context)
+        return describe(find_context(context_id))
 
     @app.delete("/v1/contexts/{context_id}")
     async def drop_context(context_id: str) -> dict[str, Any]:
@@ -328,6 +333,12 @@ def create_app(
     async def show_model(model_name: str) -> dict[str, Any]:
         check_name(model_name)
         return model_card()
+
+    @app.post("/load_model")
+    async def load_model(body: LoadRequest) -> Response:
+        # `transformers chat` asks for this first, and waits for the event that says so.
+        check_name(body.model)
+        return Response(_event({"status": "ready", "cached": True}), media_type="text/event-stream")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""`Engine`: answers one prompt with one model, from any number of threads."""
+"""`Engine`: answers prompts with one model, in batches, from any number of threads."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from transformers import (
     BatchFeature,
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -80,6 +80,25 @@ class GeneratedAnswer:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A prompt, how it is answered, and what is called meanwhile.
+
+    Attributes:
+        prompt: What is asked.
+        options: How it is answered.
+        finish: Called once, with the answer or the error, as soon as there is one.
+        emit: Called with every piece of the text. `None`: not.
+        is_cancelled: Asked after every token whether to stop. `None`: never.
+    """
+
+    prompt: Prompt
+    options: GenerationOptions
+    finish: Callable[[GeneratedAnswer | Exception], None]
+    emit: Callable[[str], None] | None = None
+    is_cancelled: Callable[[], bool] | None = None
+
+
 class GumbelNoise(LogitsProcessor):
     """Makes the largest score a draw from the distribution (the Gumbel-max trick), by a generator of its own.
 
@@ -101,6 +120,64 @@ class GumbelNoise(LogitsProcessor):
         uniform = torch.rand(scores.shape, generator=self._generator, dtype=torch.float64)
         noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
         return scores + noise.to(scores)
+
+
+class _Row:
+    """One request in a batch.
+
+    Args:
+        request: The request.
+        inputs: Of the processor, without tensors.
+        max_new_tokens: Maximum length of the answer.
+        processors: What is done to its scores.
+    """
+
+    def __init__(
+        self, request: AnswerRequest, inputs: BatchFeature, max_new_tokens: int, processors: LogitsProcessorList
+    ) -> None:
+        self.request, self.inputs, self.processors = request, inputs, processors
+        self.prompt_length, self.max_new_tokens = len(inputs["input_ids"]), max_new_tokens
+        self.num_tokens, self.finished = 0, False
+
+    def follow(self, input_ids: torch.Tensor, stream: TextStream) -> None:
+        """Take the newest token, `input_ids` of `(1, seq_len)`; where it is the last, hand on the answer at once."""
+        if self.finished:
+            return
+        stops = bool(stream(input_ids, None))
+        self.num_tokens = stream.num_tokens
+        if stops or self.num_tokens >= self.max_new_tokens:
+            self.end(stream)
+
+    def end(self, stream: TextStream) -> None:
+        """Hand on the answer, unless that was done."""
+        if self.finished:
+            return
+        self.finished, text = True, stream.finish()
+        reason = "stop" if stream.reached_end or self.num_tokens < self.max_new_tokens else "length"
+        self.request.finish(GeneratedAnswer(text, reason, self.prompt_length, self.num_tokens))
+
+
+class _RowProcessors(LogitsProcessor):
+    """Changes the scores of every row by processors of its own."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        parts = zip(self._rows, input_ids.split(1), scores.split(1), strict=True)
+        return torch.cat([row.processors(ids, own) if row.processors else own for row, ids, own in parts])
+
+
+class _RowStreams(StoppingCriteria):
+    """Follows the tokens of every row."""
+
+    def __init__(self, rows: Sequence[_Row], streams: Sequence[TextStream]) -> None:
+        self._rows, self._streams = rows, streams
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, stream, ids in zip(self._rows, self._streams, input_ids.split(1), strict=True):
+            row.follow(ids, stream)
+        return torch.tensor([row.finished for row in self._rows], device=input_ids.device)
 
 
 class Engine:
@@ -133,62 +210,105 @@ class Engine:
         # The question makes no difference: a chat shares its beginning with every other one.
         chat = self.processor.tokenizer.chat_template is not None
         question = Prompt([{"role": "user", "content": "?"}] if chat else "?", text)
-        return prefill_context(self.model, self._encode(question), text)
+        return prefill_context(self.model, self.processor.pad([self._encode(question)]), text)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        options: GenerationOptions,
-        emit: Callable[[str], None] | None = None,
-        is_cancelled: Callable[[], bool] | None = None,
-    ) -> GeneratedAnswer:
-        """Generate an answer.
+    def batch_key(self, prompt: Prompt, options: GenerationOptions) -> Hashable | None:
+        """Return what requests of one batch have in common; `None`: this one is answered alone."""
+        config = self.model.generation_config
+        # These look at padding as they look at tokens.
+        sees_padding = config.min_length or config.repetition_penalty not in (None, 1.0)
+        return None if prompt.prefilled is not None or sees_padding else options.fusion
+
+    def generate(self, requests: Sequence[AnswerRequest]) -> None:
+        """Generate the answers to requests of one [`Engine.batch_key`], padded to one batch.
+
+        Every answer is handed on as soon as it is complete. Where a batch fails before its first token, each request
+        is answered alone, so that its fault is not that of others.
 
         Args:
-            prompt: What is asked.
-            options: How it is answered.
-            emit: Called with every piece of the text. `None`: not.
-            is_cancelled: Asked after every token whether to stop. `None`: never.
-
-        Raises:
-            ValueError: The prompt is empty or too long, a message is none, or there is no chat template.
+            requests: What is asked. The error is a `ValueError` where a prompt is empty or too long, a message is
+                none, or there is no chat template.
         """
-        inputs = self._encode(prompt).to(self.model.device)
-        prompt_length = inputs["input_ids"].shape[1]
-        config, processors = self._generation_config(options, prompt_length)
+        waiting = []
+        for request in requests:
+            try:
+                waiting.append(self._row(request))
+            except Exception as error:
+                request.finish(error)
+        while waiting:
+            batch: list[_Row] = []
+            for row in waiting:
+                if not batch or self._fits([*batch, row]):
+                    batch.append(row)
+            waiting = [row for row in waiting if row not in batch]
+            self._answer(batch)
+
+    def _answer(self, rows: Sequence[_Row]) -> None:
+        try:
+            self._generate(rows)
+        except Exception as error:
+            if len(rows) > 1 and all(row.num_tokens == 0 for row in rows):
+                for row in rows:
+                    self._answer([row])
+            else:
+                for row in rows:
+                    if not row.finished:
+                        row.request.finish(error)
+
+    def _fits(self, rows: Sequence[_Row]) -> bool:
+        """Return whether the longest answer fits behind the longest prompt: rows that have ended go on with it."""
+        length = max(row.prompt_length for row in rows) + max(row.max_new_tokens for row in rows)
+        return self._context_length is None or length <= self._context_length
+
+    def _generate(self, rows: Sequence[_Row]) -> None:
+        inputs = self.processor.pad([row.inputs for row in rows]).to(self.model.device)
+        config = copy.deepcopy(self.model.generation_config)
+        config.update(
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max(row.max_new_tokens for row in rows),
+            max_length=None,
+        )
         eos = config.eos_token_id
         eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        tokenizer = self.processor.tokenizer
-        stream = TextStream(tokenizer, prompt_length, emit, options.stop, eos_token_ids, is_cancelled)
-        prefilled = {} if prompt.prefilled is None else prompt.prefilled.generate_arguments(self.model)
-        with nullcontext() if options.fusion else self.model.disable_fusion():
+        prompt_length, tokenizer = inputs["input_ids"].shape[1], self.processor.tokenizer
+        streams = [
+            TextStream(
+                *(tokenizer, prompt_length, row.request.emit, row.request.options.stop, eos_token_ids),
+                row.request.is_cancelled,
+            )
+            for row in rows
+        ]
+        first = rows[0].request
+        prefilled = {} if first.prompt.prefilled is None else first.prompt.prefilled.generate_arguments(self.model)
+        draws = any(row.processors for row in rows)
+        with nullcontext() if first.options.fusion else self.model.disable_fusion():
             self.model.generate(
                 **inputs,
                 **prefilled,
                 generation_config=config,
-                logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([stream]),
+                logits_processor=LogitsProcessorList([_RowProcessors(rows)] if draws else []),
+                stopping_criteria=StoppingCriteriaList([_RowStreams(rows, streams)]),
             )
-        text = stream.finish()
-        reason = "length" if stream.num_tokens >= config.max_new_tokens and not stream.reached_end else "stop"
-        return GeneratedAnswer(text, reason, prompt_length, stream.num_tokens)
+        for row, stream in zip(rows, streams, strict=True):
+            row.end(stream)
 
     def _encode(self, prompt: Prompt) -> BatchFeature:
-        context = prompt.sharer_context or None
+        """Tokenize a prompt for all models, without tensors."""
+        arguments: dict[str, Any] = {"sharer_context": prompt.sharer_context or None, "return_tensors": None}
         if isinstance(prompt.content, str):
-            return self.processor(prompt.content, sharer_context=context)
+            return self.processor(prompt.content, **arguments)
         if self.processor.tokenizer.chat_template is None:
             raise ValueError("The receiver has no chat template; use /v1/completions.")
-        return cast(
-            BatchFeature,
-            self.processor.apply_chat_template(prompt.content, sharer_context=context, **dict(prompt.template_kwargs)),
-        )
+        arguments |= dict(prompt.template_kwargs)
+        return cast(BatchFeature, self.processor.apply_chat_template(prompt.content, **arguments))
 
-    def _generation_config(
-        self, options: GenerationOptions, prompt_length: int
-    ) -> tuple[GenerationConfig, LogitsProcessorList]:
-        """Return what `generate` runs with: always greedily, on scores with noise where the answer is drawn."""
-        config = copy.deepcopy(cast(GenerationConfig, self.model.generation_config))
+    def _row(self, request: AnswerRequest) -> _Row:
+        """Tokenize a prompt; the answer is greedy, on scores with noise where it is drawn."""
+        inputs, options, config = self._encode(request.prompt), request.options, self.model.generation_config
+        prompt_length = len(inputs["input_ids"])
         max_new_tokens = min(options.max_new_tokens or self.max_new_tokens, self.max_new_tokens)
         if self._context_length is not None:
             if prompt_length >= self._context_length:
@@ -210,7 +330,4 @@ class Engine:
             if top_p is not None and top_p < 1:
                 processors.append(TopPLogitsWarper(top_p))
             processors.append(GumbelNoise(options.seed))
-        config.update(
-            do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens, max_length=None
-        )
-        return config, processors
+        return _Row(request, inputs, max_new_tokens, processors)

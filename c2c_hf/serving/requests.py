@@ -4,7 +4,7 @@ import inspect
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..processing_c2c import C2CProcessor
 from .contexts import SharerContext
@@ -40,6 +40,10 @@ def _check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def _parse_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
 class Document(BaseModel):
     """One of several documents."""
 
@@ -56,6 +60,17 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+class TransformersOptions(BaseModel):
+    """The `GenerationConfig` that `transformers chat` sends, as JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+    max_new_tokens: int | None = Field(None, ge=1)
+    do_sample: bool = False
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    transformers_version: str | None = None
 
 
 class Message(BaseModel):
@@ -98,6 +113,12 @@ class ContextRequest(Body):
         return _join(self.sharer_context, self.documents) or ""
 
 
+class LoadRequest(Body):
+    """The body of `POST /load_model`."""
+
+    model: str
+
+
 class GenerationRequest(Body):
     """What both generating endpoints take."""
 
@@ -113,6 +134,7 @@ class GenerationRequest(Body):
     documents: list[str | Document] | None = None
     context_id: str | None = None
     fusion: bool = True
+    generation_config: Annotated[TransformersOptions | None, BeforeValidator(_parse_json)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -136,9 +158,12 @@ class GenerationRequest(Body):
     def options(self) -> GenerationOptions:
         """Return how to generate."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return GenerationOptions(
-            self.max_tokens, self.temperature, self.top_p, self.seed, [s for s in stop if s], self.fusion
-        )
+        max_tokens, temperature, top_p = self.max_tokens, self.temperature, self.top_p
+        if (own := self.generation_config) is not None:
+            max_tokens, top_p = max_tokens or own.max_new_tokens, own.top_p if top_p is None else top_p
+            if temperature is None:
+                temperature = own.temperature if own.do_sample else 0.0
+        return GenerationOptions(max_tokens, temperature, top_p, self.seed, [s for s in stop if s], self.fusion)
 
     def context_text(self, prefilled: SharerContext | None) -> str | None:
         """Return the text that only the sharers see.

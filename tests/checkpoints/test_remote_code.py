@@ -1,14 +1,13 @@
 """Code files beside a saved fuser: they find the installed package, and say how to install a missing one."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import save_tiny_model, tiny_c2c
+from processes_for_tests import run_fresh
 from processor_for_tests import processor
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 from transformers import AutoConfig
@@ -31,14 +30,6 @@ def folder(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "fuser", with_code=True)
     C2CProcessor.from_receiver_and_sharers(receiver, sharer).save_pretrained(tmp_path / "fuser", with_code=True)
     return tmp_path / "fuser"
-
-
-def run_fresh(code: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run code in a process that has not imported the package."""
-    search_path = os.pathsep.join([str(Path(c2c_hf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "PYTHONPATH": search_path}
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_configurations_name_the_code(folder: Path) -> None:

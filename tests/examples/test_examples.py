@@ -104,6 +104,14 @@ def test_knowledge(pair: tuple[str, str], tmp_path: Path, run: Callable[..., str
     assert "train_runtime" not in second
 
 
+def test_benchmark_serving(tmp_path: Path, run: Callable[..., str]) -> None:
+    for package in ("fastapi", "httpx", "psutil"):
+        pytest.importorskip(package, reason="the server needs the extras `[serve]` and `[test]`")
+    options = ["--clients", 4, "--requests", 8, "--max-tokens", 2, "--max-batch", 4]
+    *_, row = run("benchmark_serving.py", save_fuser(tmp_path, "fuser"), *options).splitlines()
+    assert row.startswith("| 4 | ") and " | 8 of 8 | " in row
+
+
 def test_passage_data(tmp_path: Path, run: Callable[..., str]) -> None:
     """Questions on passages and chats with one, without those that share text with a test set."""
     passages = [" ".join(f"{letter}{i}" for i in range(30)) for letter in "abcd"]

@@ -2,21 +2,25 @@
 
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import save_tiny_model
 from evaluation_for_tests import save_fuser
+from packaging.version import parse
 from tokenizers_for_tests import byte_level_tokenizer, metaspace_tokenizer
 
 from c2c_hf import C2CForCausalLM, C2CProcessor
@@ -31,7 +35,7 @@ from serving_for_tests import NAME, running, tiny_pair  # noqa: E402
 
 from c2c_hf.cli.main import main  # noqa: E402
 from c2c_hf.serving.contexts import ContextStore, SharerContext  # noqa: E402
-from c2c_hf.serving.engine import Engine, GenerationOptions, Prompt  # noqa: E402
+from c2c_hf.serving.engine import AnswerRequest, Engine, GeneratedAnswer, GenerationOptions, Prompt  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 CONTEXT = "The keeper counted forty-seven ships."
@@ -176,6 +180,13 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "parts of type 'text'", None),
     "no role": ({"messages": [{"content": "Hi"}]}, 400, "Field required", "messages"),
     "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "no unicode", None),
+    "generation config": (
+        {"generation_config": '{"top_k": 3}'},
+        400,
+        "`generation_config.top_k` is not supported",
+        "generation_config",
+    ),
+    "no JSON": ({"generation_config": "{"}, 400, "Expecting property name", "generation_config"),
     "two contexts": ({"sharer_context": "x", "documents": ["y"]}, 400, "at most one of", None),
     "no such context": ({"context_id": "x"}, 404, "There is no context 'x'", "context_id"),
     "other model": ({"model": "gpt-4"}, 404, "The model 'gpt-4' does not exist", "model"),
@@ -277,6 +288,25 @@ def test_curl(served: Served) -> None:
     assert "".join(deltas) == served.text()
 
 
+@pytest.mark.skipif(
+    parse(transformers.__version__) < parse("5.24"), reason="earlier `transformers chat` asks otherwise"
+)
+def test_transformers_chat() -> None:
+    """The command of transformers, as it is used without a terminal."""
+    model, processor = tiny_pair()
+    with running(model, processor) as url:
+        command = [sys.executable, "-m", "transformers.cli.transformers", "chat", NAME, f"{url}/v1"]
+        command += ["max_new_tokens=12", "do_sample=False"]
+        text = f"{QUESTION[0]['content']}\nn\n!exit\n"
+        # Its client of the server is the Hub's, which asks nobody in offline mode.
+        environment = {**os.environ, "COLUMNS": "500", "HF_HUB_OFFLINE": "0"}
+        process = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, env=environment)
+        assert process.returncode == 0, process.stderr
+        assert "was already loaded" in process.stdout and "reaching the token limit" in process.stdout
+        words = re.findall(r"\w+", Served(url, model, processor).text())
+        assert words and re.search(r"\W+".join(words), process.stdout), process.stdout
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
     while not condition():
@@ -302,7 +332,7 @@ class Gate:
 def test_the_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny_pair()
     gate = Gate(model, monkeypatch)
-    with running(model, processor, max_running=1, max_waiting=2) as url, ThreadPoolExecutor(3) as pool:
+    with running(model, processor, max_running=1, max_waiting=2, max_batch=1) as url, ThreadPoolExecutor(3) as pool:
         served = Served(url, model, processor)
         answers = [pool.submit(served.text) for _ in range(3)]
         health = httpx.get(f"{url}/health").json
@@ -316,12 +346,15 @@ def test_the_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert served.text() == answers[0].result()
 
 
+@pytest.mark.parametrize("max_batch", [1, 8])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_client_that_disconnects_frees_its_place(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_place(
+    monkeypatch: pytest.MonkeyPatch, stream: bool, max_batch: int
+) -> None:
     model, processor = tiny_pair()
     gate = Gate(model, monkeypatch)
     body = {"model": NAME, "messages": QUESTION, "stream": stream, "max_tokens": 200}
-    with running(model, processor, max_running=1, max_waiting=2) as url:
+    with running(model, processor, max_running=1, max_waiting=2, max_batch=max_batch) as url:
 
         def leave_early() -> None:
             with pytest.raises(httpx.ReadTimeout):
@@ -342,6 +375,29 @@ def test_a_client_that_disconnects_frees_its_place(monkeypatch: pytest.MonkeyPat
                 next(response.iter_lines())
             wait_until(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
             assert gate.num_tokens < 150
+
+
+def test_rows_of_a_batch_end_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that wait share a batch; a short answer is not held up by a long one."""
+    model, processor = tiny_pair()
+    gate = Gate(model, monkeypatch)
+    with running(model, processor, max_running=1) as url, ThreadPoolExecutor(3) as pool:
+        served = Served(url, model, processor)
+
+        def wait_for(**health: int) -> None:
+            wait_until(lambda: health.items() <= httpx.get(f"{url}/health").json().items())
+
+        first = pool.submit(served.ask, max_tokens=1)
+        wait_for(running=1, waiting=0)
+        short, long = (pool.submit(served.ask, max_tokens=number) for number in (4, 150))
+        wait_for(running=1, waiting=2)
+        gate.opened.set()
+        assert first.result().usage.completion_tokens == 1
+        assert short.result().usage.completion_tokens == 4 and not long.done()
+        assert long.result().usage.completion_tokens == 150
+        short, long = (answer.result().choices[0].message.content for answer in (short, long))
+        assert long.startswith(short)
+        assert gate.num_tokens < 160, "they were not one batch"
 
 
 def test_a_fault_is_no_clients_business(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,15 +453,51 @@ def test_contexts_used_longest_ago_go_first() -> None:
     assert len(store) == 2
 
 
+def answers(
+    engine: Engine, *prompts: Prompt, options: Sequence[GenerationOptions] = ()
+) -> list[GeneratedAnswer | Exception]:
+    found: dict[int, GeneratedAnswer | Exception] = {}
+    requests = zip(prompts, options or [GenerationOptions()] * len(prompts), strict=True)
+    engine.generate([AnswerRequest(*request, partial(found.setdefault, i)) for i, request in enumerate(requests)])
+    return [found[index] for index in range(len(prompts))]
+
+
+@pytest.mark.parametrize("mode", ["fusion", "memory"])
+def test_answers_of_a_batch_are_those_of_single_requests(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of unequal length and with every kind of option; a fault is that of its own request."""
+    engine = Engine(*tiny_pair(mode), max_new_tokens=24)
+    contexts = [None, CONTEXT, f"{CONTEXT} The sky is blue."]
+    prompts = [Prompt("Who counted the ships? " * (index + 1), contexts[index % 3]) for index in range(6)]
+    options = [GenerationOptions(length, seed=3, temperature=index % 2) for index, length in enumerate((24, 3, 9) * 2)]
+    options[4] = GenerationOptions(stop=["e"])
+    faulty = [Prompt(""), Prompt("Who?", "ship " * 300), Prompt("ship " * 300)]
+    batches: list[int] = []
+    forward = engine.model.receiver.forward
+
+    def recording_forward(*args: Any, **kwargs: Any) -> Any:
+        batches.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model.receiver, "forward", recording_forward)
+    alone = [answers(engine, prompt, options=[option])[0] for prompt, option in zip(prompts, options, strict=True)]
+    assert len({answer.text for answer in alone}) == 6 and set(batches) == {1}
+    del batches[:]
+    assert answers(engine, *prompts, options=options) == alone
+    assert set(batches) == {6} and len(batches) < 30, "one batch, until the last row has ended"
+    found = answers(engine, *prompts, *faulty, options=[*options, *[GenerationOptions()] * 3])
+    assert found[:6] == alone
+    assert all(isinstance(error, ValueError) for error in found[6:]), found[6:]
+
+
 def test_answers_end_with_the_receivers_context() -> None:
     engine = Engine(*tiny_pair(), max_new_tokens=10_000)
     prompt = Prompt("ship " * 110)
-    answer = engine.generate(prompt, GenerationOptions())
+    (answer,) = answers(engine, prompt)
     assert answer.num_prompt_tokens > 200
     assert answer.num_prompt_tokens + answer.num_tokens == 256 and answer.finish_reason == "length"
     own = answer.text
     engine.model.generation_config.eos_token_id = engine.processor.tokenizer(own)["input_ids"][3:9]
-    answer = engine.generate(prompt, GenerationOptions())
+    (answer,) = answers(engine, prompt)
     assert answer.finish_reason == "stop" and answer.num_tokens < 15
 
 
@@ -414,7 +506,7 @@ def test_load(mode: str) -> None:
     """200 requests by 8 clients: no error, no leak, and every answer that of the same request alone."""
     model, processor = tiny_pair(mode)
     questions = ["Where are the ships?", "What is the capital of France?", "Who counted?", "Is the sky blue?"]
-    with running(model, processor, max_running=4, max_waiting=8) as url:
+    with running(model, processor) as url:
         served = Served(url, model, processor)
         context_id = served.post("/v1/contexts", {"sharer_context": CONTEXT}).json()["id"]
         extras = [{}, {"sharer_context": CONTEXT}, {"context_id": context_id}, {"fusion": False}]
