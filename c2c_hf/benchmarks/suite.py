@@ -32,7 +32,7 @@ ALIGNED, PROMPT, ANSWER = 2048, 192, 64
 #: What is compared with the context in the prompt.
 MEMORY_RATIOS = ("warm_over_prompt", "cold_over_prompt")
 #: Width of the residual networks of the memory fuser, as in the one that comes with the package.
-MEMORY_HIDDEN_SIZE = 64
+MEMORY_HIDDEN_SIZE = 96
 
 
 #: Sizes of base models for random weights: those of Qwen's, and tiny ones to try a script.
