@@ -15,18 +15,9 @@ from .options import FUSER_HELP, Alignment, Device, Precision, Receiver, Sharers
 
 #: Addresses at which only programs of this machine reach the server.
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-#: Options that the other engine does not have.
-_ONLY_TRANSFORMERS = (
-    "token_alignment",
-    "device",
-    "allowed_hosts",
-    "max_running",
-    "max_waiting",
-    "max_new_tokens",
-    "max_body_mb",
-    "max_context_mb",
-)
-_ONLY_VLLM = ("contexts", "slots")
+#: Parameters of both engines, and those of vLLM alone; all others are of the transformers engine.
+_OF_BOTH = ("model", "engine", "receiver", "sharers", "dtype", "host", "port", "name")
+_OF_VLLM = ("contexts", "slots")
 
 
 def serve(
@@ -77,10 +68,10 @@ def serve(
     ),
 ) -> None:
     """Serve a model to the clients of OpenAI's API."""
-    foreign = _ONLY_VLLM if engine == "transformers" else _ONLY_TRANSFORMERS
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in foreign and source is not None and source.name == "COMMANDLINE":
+        is_foreign = parameter.name not in _OF_BOTH and (parameter.name in _OF_VLLM) != (engine == "vllm")
+        if is_foreign and source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"`{parameter.opts[0]}` is no option of `--engine {engine}`.")
     if engine == "vllm":
         command = _vllm_command(model, receiver, sharers, contexts, slots)

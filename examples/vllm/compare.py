@@ -153,19 +153,23 @@ def time_first_token(
     question = "What is this about?"
     chat = processor.apply_chat_template(message(f"{text}\n\n{question}"))
     plain = ContextPrompt(chat["input_ids"][0].tolist(), {})
-    prefill_context(model.sharers[0], processor, text).to_safetensors(folder / "long.safetensors")
-    key = prompts.encode(message(question), context_id="long").kv_transfer_params["c2c_slots"]
 
-    def prefill() -> ContextPrompt:
-        prefill_context(model.sharers[0], processor, text).to_safetensors(folder / "long.safetensors")
-        return prepare()
+    def load() -> ContextPrompt:
+        return prompts.encode(message(question), context_id="long")
 
     def prepare() -> ContextPrompt:
         (folder / "slots" / f"{key}.safetensors").unlink()
         return load()
 
-    def load() -> ContextPrompt:
-        return prompts.encode(message(question), context_id="long")
+    def prefill_sharer() -> None:
+        prefill_context(model.sharers[0], processor, text).to_safetensors(folder / "long.safetensors")
+
+    def prefill() -> ContextPrompt:
+        prefill_sharer()
+        return prepare()
+
+    prefill_sharer()
+    key = load().kv_transfer_params["c2c_slots"]
 
     for name, make, is_cached in (
         ("the text in the prompt", lambda: plain, False),

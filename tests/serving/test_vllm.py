@@ -407,6 +407,7 @@ def test_errors_of_the_serve_command(
         (["general"], "must have mode='memory'"),
         ([], "needs MODEL"),
         (["memory", "--max-running", "3"], "`--max-running` is no option of `--engine vllm`"),
+        (["memory", "--max-batch", "3"], "`--max-batch` is no option of `--engine vllm`"),
     ):
         assert main(["serve", "--engine", "vllm", *words]) == 1
         assert message in capsys.readouterr().err

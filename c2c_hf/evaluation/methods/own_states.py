@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ...fusers.memory import MemoryFuser
-from ...inference.fusion import aligned_tokens, pick_tokens
-from ...inference.prefill import cached_states, full_length_cache, position_ids_from_mask, prefill
+from ...inference.fusion import KeyPositions, TokenStates, aligned_tokens
+from ...inference.prefill import position_ids_from_mask
+from ...inference.sharer_cache import prefill_sharer
 from ...modeling_c2c import C2CForCausalLM
 from .answerer import PromptBatch
 from .controls import Control, check_layers
@@ -53,12 +54,12 @@ class OwnStates(Control):
         own = _slot_states(model, batch)
 
         def replace_states(fuser: nn.Module, inputs: Any, states: LayerTokens) -> LayerTokens:
-            return [
-                states[layer]
-                if self.layers is not None and layer not in self.layers
-                else (keys if self.keys else states[layer][0], values if self.values else states[layer][1])
-                for layer, (keys, values) in enumerate(own)
-            ]
+            replaced = list(states)
+            for layer in range(len(states)) if self.layers is None else self.layers:
+                keys = (own if self.keys else states)[layer][0]
+                values = (own if self.values else states)[layer][1]
+                replaced[layer] = (keys, values)
+            return replaced
 
         (fuser,) = (fuser for fuser in model.fuser if isinstance(fuser, MemoryFuser))
         hook = fuser.register_forward_hook(replace_states)
@@ -68,19 +69,16 @@ class OwnStates(Control):
             hook.remove()
 
 
-@torch.no_grad()
 def _slot_states(model: C2CForCausalLM, batch: PromptBatch) -> LayerTokens:
     """Let the receiver prefill a prompt with its context, and return its states at the slots as the fuser does.
 
     Returns:
         Per layer keys, free of rotary position, and values: `(num_slots, num_key_value_heads, head_dim)`.
     """
-    cache, positions = full_length_cache(), position_ids_from_mask(batch.attention_mask)
-    prefill(model.receiver, cache, batch.input_ids, batch.attention_mask, positions)
+    entries = prefill_sharer(model.receiver, batch.input_ids, batch.attention_mask).entries()
+    positions = KeyPositions(model.rotations()[0], position_ids_from_mask(batch.attention_mask))
     rows, columns, _ = aligned_tokens(batch.sharer_alignment[0])
-    slots = pick_tokens(positions, rows, columns)
-    states: LayerTokens = []
-    for rotation, layer in zip(model.rotations()[0], cached_states(cache), strict=True):
-        keys, values = (pick_tokens(part.transpose(1, 2), rows, columns) for part in layer)
-        states.append((rotation.remove(keys, slots), values))
-    return states
+    tokens = TokenStates(entries, rows.cpu(), columns.cpu(), key_positions=positions).all_entries()
+    states = [own.unflatten(-1, (entry.shape[1], -1)) for own, entry in zip(tokens, entries, strict=True)]
+    num_layers = len(states) // 2
+    return list(zip(states[:num_layers], states[num_layers:], strict=True))
